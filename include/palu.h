@@ -1,0 +1,245 @@
+// palu.h - C ABI of libpalu: a low-rank, quantized KV cache (Palu, Chang et al., ICLR 2025, arXiv 2407.21118).
+//
+// A projection file (made by `palu convert`, one per model) says, for every layer and for keys (before RoPE) and values
+// separately, which latent channels of a token are kept and with how many bits. A token is then stored as one opaque
+// row of bytes per layer and side; attention reads the rows directly.
+//
+// Conventions
+//   - Shapes are written slowest dimension first: x[n_token][n_head_kv][head_dim]. Strides are in bytes.
+//   - Ownership: every palu_*_load/create gives an object that its palu_*_free takes back. Pointers inside parameter
+//     structs are borrowed for the call alone.
+//   - Threads: palu_proj and palu_layer are immutable; any number of threads may use one at the same time. Functions
+//     that take (ith, nth) are to be called once for every ith in 0 <= ith < nth, in any order or at the same time, with
+//     the same parameters; together these calls do the work, and its result does not depend on nth.
+//   - Errors: functions that return palu_status write a sentence for palu_last_error() when it is not PALU_OK, and
+//     then have no other effect. Numbers are never reused. A panic inside the library is caught and reported as
+//     PALU_ERR_INTERNAL; nothing unwinds through this interface.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PALU_ABI_VERSION 1
+
+typedef enum palu_status {
+    PALU_OK              = 0,
+    PALU_ERR_ARGUMENT    = 1, // null pointer, index out of range, a shape that does not fit
+    PALU_ERR_IO          = 2, // a file cannot be opened, read or written
+    PALU_ERR_FORMAT      = 3, // not a projection file, truncated, corrupted, or of an unknown version
+    PALU_ERR_MISMATCH    = 4, // a sound projection file, but for another model
+    PALU_ERR_UNSUPPORTED = 5, // a model or setting that the library cannot do
+    PALU_ERR_INTERNAL    = 6, // a bug in the library; the sentence says where
+    PALU_ERR_NOT_FOUND   = 7, // no such layer in the projection file
+    PALU_ERR_INTERRUPTED = 8, // the host's callback asked to stop
+} palu_status;
+
+typedef enum palu_side {
+    PALU_KEY   = 0, // keys before RoPE
+    PALU_VALUE = 1,
+} palu_side;
+
+// The ABI version the library was built with; compare it with PALU_ABI_VERSION. Never fails.
+int32_t palu_abi_version(void);
+
+// The sentence for the last error on this thread; "" if there was none. Valid until the next palu call on this thread.
+const char * palu_last_error(void);
+
+// What the attention kernels of this machine use: "AVX-512 VNNI", "AVX2" or "portable" (PALU_CPU_PATH in the
+// environment, avx512|avx2|portable, picks a lower one). Static string.
+const char * palu_cpu_path(void);
+
+// XXH64 (Collet) of size bytes, chained through seed: the content hash of this library's files and identities.
+uint64_t palu_hash(const void * data, size_t size, uint64_t seed);
+
+//
+// Projection file
+//
+
+typedef struct palu_proj palu_proj;
+
+typedef struct palu_proj_info {
+    double   bits_per_value;      // stored bits per cached K or V value, scales and padding included
+    uint64_t bytes_per_token;     // over all layers, K and V
+    uint64_t f16_bytes_per_token; // the same for an f16 cache
+    uint64_t model_identity;      // of the model that the file was made for
+    uint64_t identity;            // of this projection at this budget: rows written under one identity cannot be read under another
+    int32_t  n_layer;             // of the model
+    int32_t  n_layer_kv;          // layers that the file holds
+} palu_proj_info;
+
+typedef struct palu_layer_info {
+    int32_t n_head_kv;
+    int32_t head_dim_k;
+    int32_t head_dim_v;
+    int32_t rank_k;      // latent channels kept, over all head groups
+    int32_t rank_v;
+    size_t  row_bytes_k; // bytes of one token's row
+    size_t  row_bytes_v;
+} palu_layer_info;
+
+// Opens, checks (structure and checksum, whole file) and lays out a projection file. bits_per_value: the budget, 0 for
+// the file's own, else at most the file's own. Errors: IO, FORMAT, ARGUMENT (budget out of range).
+palu_status palu_proj_load(const char * path, double bits_per_value, palu_proj ** out);
+void        palu_proj_free(palu_proj * proj);
+
+palu_status palu_proj_get_info (const palu_proj * proj, palu_proj_info * out);
+palu_status palu_proj_get_layer(const palu_proj * proj, int32_t il, palu_layer_info * out); // NOT_FOUND: layer il is not in the file
+
+// MISMATCH with a sentence naming both unless the file was made for this model. arch: general.architecture.
+palu_status palu_proj_check_model(const palu_proj * proj, const char * arch, uint64_t model_identity, int32_t n_layer);
+
+//
+// Layer: one layer of a projection, made ready to run with one kind of RoPE
+//
+
+typedef struct palu_layer palu_layer;
+
+typedef enum palu_rope_type {
+    PALU_ROPE_NONE = 0, // keys are used as stored
+    PALU_ROPE_NORM = 1, // rotates (x[2i], x[2i + 1])
+    PALU_ROPE_NEOX = 2, // rotates (x[i], x[i + n_rot/2])
+} palu_rope_type;
+
+// RoPE as ggml_rope_ext() does it, YaRN included; see there for the parameters.
+typedef struct palu_rope {
+    int32_t type;         // palu_rope_type
+    int32_t n_rot;        // dimensions rotated, even
+    int32_t n_offs;       // index of the first rotated dimension
+    int32_t n_ctx_orig;
+    float   freq_base;
+    float   freq_scale;
+    float   ext_factor;
+    float   attn_factor;
+    float   beta_fast;
+    float   beta_slow;
+    const float * freq_factors; // [n_rot/2] or NULL
+} palu_rope;
+
+// Errors: NOT_FOUND, ARGUMENT (rope does not fit the head), UNSUPPORTED.
+palu_status palu_layer_create(const palu_proj * proj, int32_t il, const palu_rope * rope, palu_layer ** out);
+void        palu_layer_free(palu_layer * layer);
+
+// Stores tokens: row idxs[t] of rows becomes token t. Not-a-number and infinite inputs make a row that rebuilds to
+// not-a-number, so that they show. Rows that idxs does not name are left as they are.
+typedef struct palu_store_params {
+    const float   * x;           // [n_token][n_head_kv][head_dim], last dimension contiguous
+    size_t          x_nb_head;   // stride between heads
+    size_t          x_nb_token;  // stride between tokens
+    const int64_t * idxs;        // [n_token], 0 <= idxs[t] < n_row, all different
+    uint8_t       * rows;        // [n_row][row_bytes]
+    int64_t         n_row;
+    int32_t         n_token;
+    int32_t         side;        // palu_side
+} palu_store_params;
+
+palu_status palu_store(const palu_layer * layer, const palu_store_params * params, int32_t ith, int32_t nth);
+
+// Rebuilds rows as they went in (keys before RoPE): out[n_token][n_head_kv][head_dim], contiguous. For tests and tools.
+palu_status palu_load_rows(const palu_layer * layer, int32_t side, const uint8_t * rows, const int64_t * idxs, int32_t n_token, float * out);
+
+// Attention over rows: out = softmax(softcap(scale*q.K) + slope*mask, sinks).V, per query head and query token, with K
+// rotated by the cell's position. Query head h reads KV head h/(n_head/n_head_kv). A query that no cell is visible to
+// gives zeros. Cells that are masked for every query are not read, whatever their bytes.
+typedef struct palu_attn_params {
+    const float   * q;            // [n_stream][n_token][n_head][head_dim_k], rotated, last dimension contiguous
+    size_t          q_nb_head;
+    size_t          q_nb_token;
+    size_t          q_nb_stream;
+    const uint8_t * rows_k;       // [n_stream][n_kv][row_bytes_k], rows contiguous within a stream
+    const uint8_t * rows_v;       // [n_stream][n_kv][row_bytes_v]
+    size_t          rows_k_nb_stream;
+    size_t          rows_v_nb_stream;
+    const void    * mask;         // [n_stream][n_token][n_kv], added to the scores, -inf hides; NULL: all visible
+    size_t          mask_nb_token;
+    size_t          mask_nb_stream;
+    int32_t         mask_f16;     // 1: mask is f16, 0: f32
+    const int32_t * pos;          // [n_stream][n_kv] position of each cell, contiguous
+    const float   * sinks;        // [n_head] logits that take part in the softmax without a value, or NULL
+    float         * partial;      // palu_attn_partial_size() floats; unused when palu_attn_n_chunk() is 1
+    float         * out;          // [n_stream][n_token][n_head][head_dim_v], contiguous
+    int32_t         n_head;       // a multiple of n_head_kv
+    int32_t         n_token;      // per stream
+    int32_t         n_stream;
+    int32_t         n_kv;         // cells per stream
+    float           scale;
+    float           softcap;      // 0: none; else scores become softcap*tanh(scores/softcap) before the mask
+    float           max_bias;     // ALiBi (slopes as in ggml_soft_max_ext); 0: none, slope = 1
+} palu_attn_params;
+
+// Few query tokens over a long context are split over the context: palu_attn() then writes one partial result per chunk
+// and palu_attn_combine() must be called after all of its (ith, nth) calls are done. With 1 chunk palu_attn() writes out
+// itself and palu_attn_combine() does nothing. Both numbers depend on the shapes alone.
+int32_t palu_attn_n_chunk     (const palu_layer * layer, int32_t n_head, int32_t n_token, int32_t n_stream, int32_t n_kv);
+size_t  palu_attn_partial_size(const palu_layer * layer, int32_t n_head, int32_t n_token, int32_t n_stream, int32_t n_kv); // in floats
+
+palu_status palu_attn        (const palu_layer * layer, const palu_attn_params * params, int32_t ith, int32_t nth);
+palu_status palu_attn_combine(const palu_layer * layer, const palu_attn_params * params, int32_t ith, int32_t nth);
+
+//
+// Conversion (only in a library built with the feature `convert`)
+//
+// The runtime runs the model; the library decides which tokens, looks at K, V and Q through a tap, and writes the file.
+//
+
+typedef struct palu_tap palu_tap;
+
+// What the graph is about to do in layer il; called while the graph is built, before the layer's first tap. Must say
+// the same thing every time. rope is NULL for no RoPE.
+palu_status palu_tap_describe(palu_tap * tap, int32_t il, int32_t n_head, int32_t n_head_kv, int32_t head_dim_k, int32_t head_dim_v, const palu_rope * rope);
+
+// Passes tokens of one layer and side through the tap: out gets what the model is to go on with (x itself while
+// statistics are collected, x through the codec when a candidate is measured). For keys, q is the rotated query
+// [n_token][n_head][head_dim_k] and pos the positions [n_token]; for values both are NULL.
+typedef struct palu_tap_params {
+    const float   * x;          // [n_token][n_head_kv][head_dim]
+    size_t          x_nb_head;
+    size_t          x_nb_token;
+    const float   * q;
+    size_t          q_nb_head;
+    size_t          q_nb_token;
+    const int32_t * pos;
+    float         * out;        // [n_token][n_head_kv][head_dim], contiguous
+    int32_t         n_token;
+    int32_t         il;
+    int32_t         side;       // palu_side
+} palu_tap_params;
+
+palu_status palu_tap_run(palu_tap * tap, const palu_tap_params * params, int32_t ith, int32_t nth);
+
+typedef struct palu_host_model {
+    char     arch[64];       // general.architecture
+    char     name[128];      // general.name, or ""
+    uint64_t identity;
+    int32_t  n_layer;
+    int32_t  n_vocab;
+    int32_t  n_ctx_train;
+    int32_t  token_bos;      // -1: none
+    int32_t  has_tokenizer;  // 0: the model has no vocabulary; only --calibration self works
+} palu_host_model;
+
+// Callbacks return 0, or a negative number after saying why on stderr in one sentence.
+typedef struct palu_host {
+    void * ctx;
+    // Loads the model and makes a context of n_ctx tokens (cut to what the model was trained for; the real number in
+    // *n_ctx) whose graph calls the tap. n_gpu_layers: -1 for the runtime's default.
+    int32_t (*load)(void * ctx, const char * path, int32_t n_gpu_layers, int32_t n_threads, int32_t * n_ctx, palu_tap * tap, palu_host_model * out);
+    // Tokens of UTF-8 text, without added special tokens. Returns how many, at most cap; a negative number -n if n would be needed.
+    int32_t (*tokenize)(void * ctx, const char * text, int32_t size, int32_t * tokens, int32_t cap);
+    // Runs tokens as one sequence from position 0 on an empty cache (keep = 0) or after what is there (keep = 1).
+    // logits: NULL, or room for the logits [n_token - first_logit][n_vocab] of the tokens from first_logit on.
+    int32_t (*eval)(void * ctx, const int32_t * tokens, int32_t n_token, int32_t keep, int32_t first_logit, float * logits);
+    // Output projection of layer il as f32 [n_out][n_head*head_dim_v] into out, at most cap floats (cap 0: only tells the
+    // size). Returns n_out, or 0 when the layer's attention output is not multiplied by a matrix at once.
+    int32_t (*output_proj)(void * ctx, int32_t il, float * out, size_t cap);
+} palu_host;
+
+// The whole of `palu convert`: argv as the command line has it, from "convert" on. Returns the exit status.
+int32_t palu_convert(int32_t argc, const char * const * argv, const palu_host * host);
+
+#ifdef __cplusplus
+}
+#endif

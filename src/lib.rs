@@ -1,0 +1,26 @@
+//! A KV cache of low-rank, quantized latents, for llama.cpp and runtimes like it.
+//!
+//! The method is Palu (Chang et al., "Palu: Compressing KV-Cache with Low-Rank Projection", ICLR 2025, arXiv 2407.21118):
+//! store a low-rank latent of each token's keys (before RoPE) and values, and rebuild them inside attention.
+//!
+//! | module | decides |
+//! |---|---|
+//! | [`gguf`] | how a GGUF file is read (untrusted) and written |
+//! | [`projection`] | what a projection file holds and when it is refused |
+//! | [`layout`] | which channels are kept with how many bits at a budget, and where they stand in a row |
+//! | [`rope`] | the angles of a cell's rotation |
+//! | [`codec`] | how a token becomes a row, and back |
+//! | [`attention`] | attention over rows |
+//! | [`capi`] | the C ABI of `include/palu.h` |
+//! | `convert` | how a projection file is made |
+
+pub mod attention;
+pub mod capi;
+pub mod codec;
+#[cfg(feature = "convert")]
+pub mod convert;
+pub mod gguf;
+pub mod hash;
+pub mod layout;
+pub mod projection;
+pub mod rope;
