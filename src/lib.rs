@@ -11,6 +11,7 @@
 //! | [`rope`] | the angles of a cell's rotation |
 //! | [`codec`] | how a token becomes a row, and back |
 //! | [`attention`] | attention over rows |
+//! | [`kernels`] | the inner loops of both, for each instruction set |
 //! | [`capi`] | the C ABI of `include/palu.h` |
 //! | `convert` | how a projection file is made |
 
@@ -21,6 +22,7 @@ pub mod codec;
 pub mod convert;
 pub mod gguf;
 pub mod hash;
+pub mod kernels;
 pub mod layout;
 pub mod projection;
 pub mod rope;

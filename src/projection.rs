@@ -192,12 +192,6 @@ pub struct Projection {
 }
 
 impl Projection {
-    /// Reads, checks and lays out a projection file; 0 bits per value means the file's own budget.
-    pub fn load(path: &Path, bits_per_value: f64) -> Result<Self> {
-        let (file, checksum) = ProjectionFile::read_with_checksum(path)?;
-        file.lay_out(bits_per_value, checksum)
-    }
-
     pub fn layer(&self, il: usize) -> Option<&Layer> {
         self.layers.binary_search_by_key(&il, |l| l.il).ok().map(|i| &self.layers[i])
     }
@@ -308,7 +302,8 @@ impl ProjectionFile {
         Ok(Self::read_with_checksum(path)?.0)
     }
 
-    fn read_with_checksum(path: &Path) -> Result<(Self, u64)> {
+    /// The file, and the checksum that its identity begins with.
+    pub(crate) fn read_with_checksum(path: &Path) -> Result<(Self, u64)> {
         let file = std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         ensure!(file.metadata().is_ok_and(|m| m.is_file()), "cannot read {}: not a regular file", path.display());
         // SAFETY: the map is only read, and copied from before this function returns. Another process that shortens the
@@ -366,7 +361,7 @@ impl ProjectionFile {
         self.lay_out(bits_per_value, checksum(&self.to_bytes()))
     }
 
-    fn lay_out(&self, bits_per_value: f64, checksum: u64) -> Result<Projection> {
+    pub(crate) fn lay_out(&self, bits_per_value: f64, checksum: u64) -> Result<Projection> {
         let most = self.meta.bits_per_value;
         ensure!(bits_per_value.is_finite() && bits_per_value >= 0.0, "{bits_per_value} is not a number of bits per value");
         ensure!(

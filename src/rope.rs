@@ -1,6 +1,8 @@
 //! The angles of a cell's rotation, as `ggml_rope_ext()` computes them, YaRN (Peng et al. 2023) included.
 
+use crate::kernels::TRIG_STRIDE;
 use anyhow::{ensure, Result};
+use std::sync::{Arc, Mutex, Weak};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeKind {
@@ -105,5 +107,85 @@ impl RopeParams {
             })
             .collect();
         (freq, magnitude)
+    }
+}
+
+/// Cosines and sines of every angle position * frequency, from tables: a position is written in base 256, and the
+/// rotations of its digits are multiplied. Rotation is linear in the position, so that a negative position is the
+/// conjugate of its absolute value.
+pub(crate) struct Angles {
+    pub n_pair: usize,
+    /// `[4][256][n_pair]` rotations by digit * 256^place, without magnitude
+    digit_cos: Vec<f32>,
+    digit_sin: Vec<f32>,
+    /// `[n_pair][TRIG_STRIDE]` rotations by 0, 1, 2, ... times the magnitude
+    pub low_cos: Vec<f32>,
+    pub low_sin: Vec<f32>,
+}
+
+impl Angles {
+    /// The table for `rope`, shared by all layers that rotate the same way.
+    pub fn shared(rope: &RopeParams) -> Arc<Self> {
+        static TABLES: Mutex<Vec<(RopeParams, Weak<Angles>)>> = Mutex::new(Vec::new());
+        let mut tables = TABLES.lock().unwrap_or_else(|e| e.into_inner());
+        tables.retain(|(_, table)| table.strong_count() > 0);
+        if let Some(table) = tables.iter().find(|(r, _)| r == rope).and_then(|(_, table)| table.upgrade()) {
+            return table;
+        }
+        let table = Arc::new(Self::new(rope));
+        tables.push((rope.clone(), Arc::downgrade(&table)));
+        table
+    }
+
+    fn new(rope: &RopeParams) -> Self {
+        let (freq, magnitude) = rope.frequencies();
+        let n_pair = freq.len();
+        let mut table = Self {
+            n_pair,
+            digit_cos: Vec::with_capacity(4 * 256 * n_pair),
+            digit_sin: Vec::with_capacity(4 * 256 * n_pair),
+            low_cos: Vec::with_capacity(n_pair * TRIG_STRIDE),
+            low_sin: Vec::with_capacity(n_pair * TRIG_STRIDE),
+        };
+        for place in 0..4 {
+            for digit in 0..256 {
+                for f in &freq {
+                    let (sin, cos) = ((f64::from(digit) * 256f64.powi(place)) * f).sin_cos();
+                    table.digit_cos.push(cos as f32);
+                    table.digit_sin.push(sin as f32);
+                }
+            }
+        }
+        for f in &freq {
+            for t in 0..TRIG_STRIDE {
+                let (sin, cos) = (t as f64 * f).sin_cos();
+                table.low_cos.push((cos * f64::from(magnitude)) as f32);
+                table.low_sin.push((sin * f64::from(magnitude)) as f32);
+            }
+        }
+        table
+    }
+
+    /// The rotation by `position`, without magnitude, into cos and sin `[n_pair]`.
+    pub fn at(&self, position: i64, cos: &mut [f32], sin: &mut [f32]) {
+        let n = self.n_pair;
+        let size = position.unsigned_abs();
+        let digit = |place: usize| (place * 256 + (size >> (8 * place) & 255) as usize) * n;
+        cos.copy_from_slice(&self.digit_cos[digit(0)..][..n]);
+        sin.copy_from_slice(&self.digit_sin[digit(0)..][..n]);
+        for place in 1..4 {
+            if size >> (8 * place) == 0 {
+                break;
+            }
+            let (c2, s2) = (&self.digit_cos[digit(place)..][..n], &self.digit_sin[digit(place)..][..n]);
+            for i in 0..n {
+                let (c, s) = (cos[i], sin[i]);
+                cos[i] = c * c2[i] - s * s2[i];
+                sin[i] = s * c2[i] + c * s2[i];
+            }
+        }
+        if position < 0 {
+            sin.iter_mut().for_each(|s| *s = -*s);
+        }
     }
 }
