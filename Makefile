@@ -1,0 +1,36 @@
+# make demo    builds everything, converts the bundled model, prints the comparison table and some generated text
+# make test    every test
+# make llama   the patched llama.cpp, in build/llama.cpp/bin/
+# make bench   criterion and llama-bench
+# make docs    regenerates the measured and generated parts of docs/
+
+CARGO ?= cargo
+PYTHON ?= python3
+LIB := target/release/libpalu.a
+
+.PHONY: all lib llama demo test bench docs clean
+
+all: llama
+
+lib:
+	$(CARGO) build --release
+
+llama: lib
+	$(PYTHON) scripts/llama.py build
+
+demo: llama
+	$(PYTHON) scripts/demo.py
+
+# Unit tests first: they fail fastest. The runtime tests then drive the built llama.cpp as a user would.
+test: llama
+	$(CARGO) test --release --no-fail-fast
+
+bench: llama
+	$(CARGO) bench
+	$(PYTHON) scripts/bench.py
+
+docs: llama
+	PALU_WRITE_DOCS=1 $(CARGO) test --release --test architectures
+
+clean:
+	rm -rf build target

@@ -1,0 +1,107 @@
+//! What llama.cpp does with a cache besides appending to it, on the compressed cache: each result is held against the same
+//! steps done without the operation, or, where that is not the same thing, against the same steps on the stock cache.
+
+mod common;
+use common::{llama, nmse, projection, refuse, steps, MODEL};
+use std::path::Path;
+
+/// The wide projection: compression hardly shows, so that what is left is the operation.
+const WIDE: &str = "8.2";
+const N_VOCAB: usize = 8192;
+
+fn run(bits: &str, args: &[&str]) -> Vec<f32> {
+    let file = projection(bits);
+    steps(Path::new(MODEL), &[&["--palu", file.to_str().unwrap()], args].concat())
+}
+
+fn last(logits: &[f32], n: usize) -> &[f32] {
+    &logits[logits.len() - n * N_VOCAB..]
+}
+
+#[test]
+fn threads_and_flash_attention_do_not_matter() {
+    let script = ["rand:0@0:200:1", "rand:0@200:1:2", "rand:0@201:3:3"];
+    let one = run("2.25", &[&["--threads", "1"], &script[..]].concat());
+    let two = run("2.25", &[&["--threads", "2"], &script[..]].concat());
+    assert!(one == two, "results depend on the number of threads");
+    for fa in ["0", "1"] {
+        let other = run("2.25", &[&["--fa", fa], &script[..]].concat());
+        assert!(nmse(&one, &other) < 1e-6, "-fa {fa}: {}", nmse(&one, &other));
+    }
+}
+
+#[test]
+fn removing_a_tail_leaves_no_trace() {
+    let plain = run("2.25", &["rand:0@0:100:1", "rand:0@100:20:2"]);
+    let detour = run("2.25", &["rand:0@0:100:1", "rand:0@100:50:9", "rm:0:100:-1", "rand:0@100:20:2"]);
+    assert!(last(&plain, 20) == last(&detour, 20));
+}
+
+#[test]
+fn a_copied_sequence_goes_on_like_the_original() {
+    for unified in [&["--unified"][..], &[]] {
+        let options = [&["--seqs", "3"], unified].concat();
+        let plain = run("2.25", &[&options[..], &["rand:0@0:100:1", "rand:0@100:20:2"]].concat());
+        let copied = run("2.25", &[&options[..], &["rand:0@0:100:1", "cp:0:2:-1:-1", "rm:0:-1:-1", "rand:2@100:20:2"]].concat());
+        assert!(nmse(last(&plain, 20), last(&copied, 20)) < 1e-9, "{options:?}");
+    }
+}
+
+#[test]
+fn sequences_do_not_see_each_other() {
+    let first = run(WIDE, &["rand:0@0:60:1", "rand:0@60:4:3"]);
+    let second = run(WIDE, &["rand:0@0:60:2", "rand:0@60:4:4"]);
+    for unified in [&["--unified"][..], &[]] {
+        let options = [&["--seqs", "2", "--ctx", "512"], unified].concat();
+        let both = run(WIDE, &[&options[..], &["rand:0@0:60:1+1@0:60:2", "rand:0@60:4:3+1@60:4:4"]].concat());
+        let (a, b) = last(&both, 8).split_at(4 * N_VOCAB);
+        assert!(nmse(last(&first, 4), a) < 1e-5, "{options:?}: {}", nmse(last(&first, 4), a));
+        assert!(nmse(last(&second, 4), b) < 1e-5, "{options:?}: {}", nmse(last(&second, 4), b));
+    }
+}
+
+#[test]
+fn a_shift_costs_nothing_and_loses_nothing() {
+    // RoPE is relative: a sequence moved as a whole must go on as if it had not moved
+    let plain = run("2.25", &["rand:0@0:100:1", "rand:0@100:8:2"]);
+    let moved = run("2.25", &["rand:0@0:100:1", "add:0:0:-1:37", "rand:0@137:8:2"]);
+    let error = nmse(last(&plain, 8), last(&moved, 8));
+    assert!(error < 1e-3, "{error}");
+    // there and back is bit for bit nothing: only positions change
+    let back = run("2.25", &["rand:0@0:100:1", "add:0:0:-1:37", "add:0:0:-1:-37", "rand:0@100:8:2"]);
+    assert!(plain == back);
+    // a hole closed, as context shift does it: the same steps on the stock cache give the same logits
+    let script = ["rand:0@0:200:1", "rm:0:4:104", "add:0:104:-1:-100", "rand:0@100:8:2", "rand:0@108:1:3"];
+    let stock = steps(Path::new(MODEL), &[&["--type", "f32"], &script[..]].concat());
+    let wide = run(WIDE, &script);
+    assert!(nmse(&stock, &wide) < 1e-4, "{}", nmse(&stock, &wide));
+}
+
+#[test]
+fn state_goes_on_in_another_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let plain = run("2.25", &["rand:0@0:150:1", "rand:0@150:10:2"]);
+    for (save, load) in [
+        (format!("save:{}", file("all")), format!("load:{}", file("all"))),
+        (format!("save-seq:0:{}", file("seq")), format!("load-seq:0:{}", file("seq"))),
+    ] {
+        run("2.25", &["rand:0@0:150:1", &save]);
+        let resumed = run("2.25", &[&load, "rand:0@150:10:2"]);
+        assert!(last(&plain, 10) == last(&resumed, 10), "{load}");
+    }
+
+    // a state belongs to its projection and budget: a stock cache and another budget refuse it, and it refuses theirs
+    let palu = projection("2.25");
+    let palu = palu.to_str().unwrap();
+    for kind in ["all", "seq"] {
+        let (save, load) = if kind == "all" { ("save:", "load:") } else { ("save-seq:0:", "load-seq:0:") };
+        let load = format!("{load}{}", file(kind));
+        refuse(llama("palu-steps").args([MODEL, "/dev/null", "--palu", palu, "--palu-bits", "2", &load]), "the state was refused");
+        refuse(llama("palu-steps").args([MODEL, "/dev/null", &load]), "the state was refused");
+        let stock = file("stock");
+        steps(Path::new(MODEL), &["rand:0@0:150:1", &format!("{save}{stock}")]);
+        let load = load.replace(&file(kind), &stock);
+        refuse(llama("palu-steps").args([MODEL, "/dev/null", "--palu", palu, &load]), "the state was refused");
+    }
+}

@@ -1,0 +1,38 @@
+//! Quality per byte on the bundled model: `llama-perplexity --kl-divergence` over WikiText-2 test, -c 2048, 16 chunks.
+
+mod common;
+use common::{cache_dir, llama, projection, succeed, text, MODEL, TEST_TEXT};
+
+fn perplexity() -> std::process::Command {
+    let mut command = llama("llama-perplexity");
+    command.args(["-m", MODEL, "-f", TEST_TEXT, "-c", "2048", "--chunks", "16", "-t", "2", "-fa", "on"]);
+    command
+}
+
+fn number(output: &str, name: &str) -> f64 {
+    let line = output.lines().find(|l| l.split_whitespace().collect::<Vec<_>>().join(" ").starts_with(name));
+    let line = line.unwrap_or_else(|| panic!("no '{name}' in:\n{output}"));
+    line.split(':').nth(1).unwrap().split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn divergence_stays_below_stock_quantization_at_twice_the_bytes() {
+    let base = cache_dir().join("f16.kld");
+    succeed(perplexity().arg("--kl-divergence-base").arg(&base));
+    let kld = |args: &[&str]| {
+        let output = text(&succeed(perplexity().arg("--kl-divergence").arg("--kl-divergence-base").arg(&base).args(args)).stdout);
+        (number(&output, "Mean KLD"), number(&output, "Median KLD"), number(&output, "99.9% KLD"))
+    };
+    let q4_0 = kld(&["-ctk", "q4_0", "-ctv", "q4_0"]);
+    println!("q4_0 at 28.1% of f16: mean {:.6} median {:.6} 99.9% {:.6}", q4_0.0, q4_0.1, q4_0.2);
+    let file = projection("4.5");
+    let mut mean = Vec::new();
+    for (bits, percent) in [("4.5", 28.1), ("3", 18.8), ("2.25", 14.1)] {
+        let palu = kld(&["--palu", file.to_str().unwrap(), "--palu-bits", bits]);
+        println!("palu at {percent}% of f16: mean {:.6} median {:.6} 99.9% {:.6}", palu.0, palu.1, palu.2);
+        assert!(palu.0 < q4_0.0 && palu.1 < q4_0.1 && palu.2 < q4_0.2, "worse than q4_0 with {percent}% of f16's bytes");
+        mean.push(palu.0);
+    }
+    assert!(mean.windows(2).all(|w| w[0] < w[1]), "more bytes must not be worse: {mean:?}");
+    assert!(mean[2] < 0.0094, "{mean:?}");
+}
