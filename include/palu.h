@@ -193,7 +193,7 @@ palu_status palu_tap_describe(palu_tap * tap, int32_t il, int32_t n_head, int32_
 
 // Passes tokens of one layer and side through the tap: out gets what the model is to go on with (x itself while
 // statistics are collected, x through the codec when a candidate is measured). For keys, q is the rotated query
-// [n_token][n_head][head_dim_k] and pos the positions [n_token]; for values both are NULL.
+// [n_token][n_head][head_dim_k] and pos the positions [n_token], also without RoPE; for values both are NULL.
 typedef struct palu_tap_params {
     const float   * x;          // [n_token][n_head_kv][head_dim]
     size_t          x_nb_head;

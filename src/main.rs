@@ -55,7 +55,7 @@ fn find_helper() -> Option<PathBuf> {
     let mut directories: Vec<PathBuf> = std::env::var_os("PALU_LLAMA_BIN").map(PathBuf::from).into_iter().collect();
     if let Some(beside) = beside {
         // installed: bin/palu and llama.cpp/bin; built: target/release/palu and build/llama.cpp/bin
-        directories.extend(["../llama.cpp/bin", "../../build/llama.cpp/bin", "../../build/llama.cpp/build/bin"].map(|d| beside.join(d)));
+        directories.extend(["../llama.cpp/bin", "../../build/llama.cpp/bin"].map(|d| beside.join(d)));
     }
     directories.extend(std::env::var_os("PATH").iter().flat_map(std::env::split_paths));
     directories.into_iter().map(|d| d.join(HELPER)).find(|p| p.is_file())

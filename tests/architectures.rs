@@ -2,8 +2,8 @@
 //! projection that is as lossless as can be, or it refuses the model with a reason. The list in docs/architectures.md is
 //! generated here (`make docs`), and held against what happens.
 
-mod common;
-use common::{cache_dir, llama, nmse, palu, steps, succeed, text};
+mod runtime;
+use runtime::{cache_dir, llama, nmse, palu, steps, succeed, text};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 

@@ -1,8 +1,8 @@
 //! The C ABI from C and C++: `include/palu.h` compiles in both without a warning, and tests/capi.c uses it under
 //! AddressSanitizer with the link line that the README documents.
 
-mod common;
-use common::{projection, succeed, MODEL};
+mod runtime;
+use runtime::{projection, succeed, MODEL};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

@@ -1,7 +1,7 @@
 //! Quality per byte on the bundled model: `llama-perplexity --kl-divergence` over WikiText-2 test, -c 2048, 16 chunks.
 
-mod common;
-use common::{cache_dir, llama, projection, succeed, text, MODEL, TEST_TEXT};
+mod runtime;
+use runtime::{cache_dir, converted, llama, succeed, text, MODEL, TEST_TEXT};
 
 fn perplexity() -> std::process::Command {
     let mut command = llama("llama-perplexity");
@@ -25,7 +25,7 @@ fn divergence_stays_below_stock_quantization_at_twice_the_bytes() {
     };
     let q4_0 = kld(&["-ctk", "q4_0", "-ctv", "q4_0"]);
     println!("q4_0 at 28.1% of f16: mean {:.6} median {:.6} 99.9% {:.6}", q4_0.0, q4_0.1, q4_0.2);
-    let file = projection("4.5");
+    let file = converted("4.5", &[]);
     let mut mean = Vec::new();
     for (bits, percent) in [("4.5", 28.1), ("3", 18.8), ("2.25", 14.1)] {
         let palu = kld(&["--palu", file.to_str().unwrap(), "--palu-bits", bits]);
