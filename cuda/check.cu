@@ -1,0 +1,822 @@
+// check.cu - checks the kernels against a CPU implementation in double precision, and times them.
+//
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -pthread -o check check.cu
+//   ./check [check|bench|all [NAME [CELLS]]]
+//
+// NAME and CELLS pick the cases that are timed. Prints one line per case and exits with 1 if any is wrong. Inputs are
+// random; outputs and scratch are poisoned with not-a-number before each run, and cells that no query sees hold rows of
+// not-a-number. Both kernels' results are compared by |out - reference|/|reference| over all outputs. Times are medians of
+// 50 runs with events around each, over sets of rows that together exceed the L2 cache, attention and combine together;
+// "back to back" is the mean over 40 without pauses.
+
+#include "palu.cu"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#define CHECK(x) do { cudaError_t e_ = (x); if (e_ != cudaSuccess) { printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #x, cudaGetErrorString(e_)); exit(2); } } while (0)
+
+static std::mt19937_64 rng(1);
+static float uniform(float lo, float hi) { return lo + (hi - lo)*(float)((rng() >> 40)*(1.0/(1 << 24))); }
+static float gauss() {
+    static std::normal_distribution<float> n;
+    return n(rng);
+}
+
+static std::vector<void *> allocated;
+template <typename T> static T * upload(const std::vector<T> & v) {
+    T * d = nullptr;
+    CHECK(cudaMalloc(&d, std::max<size_t>(v.size()*sizeof(T), 16)));
+    CHECK(cudaMemcpy(d, v.data(), v.size()*sizeof(T), cudaMemcpyHostToDevice));
+    allocated.push_back(d);
+    return d;
+}
+static void * room(size_t bytes) {
+    void * d = nullptr;
+    CHECK(cudaMalloc(&d, std::max<size_t>(bytes, 16)));
+    CHECK(cudaMemset(d, 0xff, bytes)); // not-a-number as float and as f16
+    allocated.push_back(d);
+    return d;
+}
+static void free_all() {
+    for (void * d : allocated) {
+        CHECK(cudaFree(d));
+    }
+    allocated.clear();
+}
+
+struct Side {
+    palu_cuda_side dev = {};
+    std::vector<palu_cuda_group> groups;
+    std::vector<uint32_t> segs;
+    std::vector<int8_t> dec;
+    std::vector<float> dec_scale, dec_half, mean, step;
+    std::vector<uint16_t> enc;
+    int n_head, hd, group_size;
+};
+
+// Ranks per group; bits fall from b_first to b_last over a group's channels, or are random (b_first = 0).
+static Side make_side(int n_head, int hd, int group_size, std::vector<int> ranks, int b_first, int b_last, const std::vector<int32_t> * pairs, bool store, int align) {
+    Side s;
+    s.n_head = n_head;
+    s.hd = hd;
+    s.group_size = group_size;
+    const int d = group_size*hd;
+    int offset = 0, seg0 = 0, step0 = 0;
+    int64_t dec0 = 0, enc0 = 0;
+    for (int g = 0; g < n_head/group_size; g++) {
+        const int rank = ranks[g%ranks.size()];
+        palu_cuda_group group = {};
+        group.rank = rank;
+        group.rank_pad = (rank + 31)/32*32;
+        group.seg0 = seg0;
+        group.step0 = step0;
+        group.row_offset = offset;
+        group.dec0 = dec0;
+        group.enc0 = enc0;
+        offset += 2;
+        for (int i = 0; i < rank/8; i++) {
+            const int n = rank/8;
+            const int bits = b_first == 0 ? 1 + (int)(rng()%8) : n == 1 ? b_first : (int) std::lround(b_first + (double)(b_last - b_first)*i/(n - 1));
+            s.segs.push_back(offset | bits << 24);
+            offset += bits;
+        }
+        group.row_end = offset;
+        const float scale = rank ? 1.0f/(40.0f*4.0f*std::sqrt((float) rank)) : 0.0f;
+        for (int j = 0; j < d; j++) {
+            s.dec_scale.push_back(scale*uniform(0.5f, 1.5f));
+            s.mean.push_back(0.5f*gauss());
+            int sum = 0;
+            s.dec.resize(s.dec.size() + group.rank_pad);
+            for (int c = 0; c < rank; c++) {
+                const int w = std::max(-127, std::min(127, (int) std::lround(40*gauss())));
+                s.dec[s.dec.size() - group.rank_pad + (pairs ? palu_cuda_key_channel(c) : c)] = (int8_t) w;
+                sum += w;
+            }
+            s.dec_half.push_back(0.5f*sum);
+        }
+        for (int i = 0; i < rank; i++) {
+            s.step.push_back(uniform(0.1f, 0.4f));
+            for (int j = 0; store && j < d; j++) {
+                const __half e = __float2half(gauss()/std::sqrt((float) d));
+                uint16_t bits;
+                memcpy(&bits, &e, 2);
+                s.enc.push_back(bits);
+            }
+        }
+        s.groups.push_back(group);
+        seg0 += rank/8;
+        step0 += rank;
+        dec0 += (int64_t) d*group.rank_pad;
+        enc0 += (int64_t) rank*d;
+        s.dev.rank_max = std::max(s.dev.rank_max, rank);
+        s.dev.row_span_max = std::max(s.dev.row_span_max, group.row_end - group.row_offset);
+    }
+    if (pairs) {
+        for (int h = 0; h < n_head; h++) {
+            for (int i = 0; i < hd/2; i++) {
+                s.dec_scale[h*hd + (*pairs)[2*i + 1]] = s.dec_scale[h*hd + (*pairs)[2*i]];
+            }
+        }
+    }
+    s.dev.n_head_kv = n_head;
+    s.dev.head_dim = hd;
+    s.dev.group_size = group_size;
+    s.dev.n_group = n_head/group_size;
+    s.dev.row_bytes = (offset + align - 1)/align*align;
+    s.dev.rank_sum = step0;
+    s.dev.groups = upload(s.groups);
+    s.dev.segs = upload(s.segs);
+    s.dev.dec = upload(s.dec);
+    s.dev.dec_scale = upload(s.dec_scale);
+    s.dev.dec_half = upload(s.dec_half);
+    s.dev.mean = upload(s.mean);
+    s.dev.enc = upload(s.enc);
+    s.dev.step = upload(s.step);
+    return s;
+}
+
+static int code_at(const Side & s, const palu_cuda_group & g, const uint8_t * row, int c) {
+    const uint32_t seg = s.segs[g.seg0 + c/8];
+    const int bits = seg >> 24;
+    uint64_t v = 0;
+    for (int i = 0; i < bits; i++) {
+        v |= (uint64_t) row[(seg & 0xffffff) + i] << (8*i);
+    }
+    return (int)(v >> (c%8*bits) & ((1u << bits) - 1));
+}
+static float scale_at(const palu_cuda_group & g, const uint8_t * row) {
+    const uint16_t h = (uint16_t)(row[g.row_offset] | row[g.row_offset + 1] << 8);
+    __half x;
+    memcpy(&x, &h, 2);
+    return __half2float(x);
+}
+
+// Rows of random codes and scales around 1.
+static std::vector<uint8_t> random_rows(const Side & s, int64_t n) {
+    std::vector<uint8_t> rows(n*s.dev.row_bytes);
+    for (size_t i = 0; i + 8 <= rows.size(); i += 8) {
+        const uint64_t x = rng();
+        memcpy(&rows[i], &x, 8);
+    }
+    for (int64_t t = 0; t < n; t++) {
+        for (const auto & g : s.groups) {
+            const __half h = __float2half(uniform(0.5f, 1.5f));
+            memcpy(&rows[t*s.dev.row_bytes + g.row_offset], &h, 2);
+        }
+    }
+    return rows;
+}
+
+struct Rope {
+    std::vector<int32_t> pair_dim;
+    std::vector<uint64_t> turn;
+    std::vector<float> mag;
+    std::vector<double> freq; // turns per position
+};
+// norm: pairs are neighbours; n_rot dimensions from n_offs are rotated
+static Rope make_rope(int hd, int n_rot, int n_offs, bool norm, float base, float mag) {
+    Rope r;
+    for (int i = 0; i < n_rot/2; i++) {
+        r.pair_dim.push_back(norm ? n_offs + 2*i : n_offs + i);
+        r.pair_dim.push_back(norm ? n_offs + 2*i + 1 : n_offs + i + n_rot/2);
+        const double f = std::pow((double) base, -2.0*i/n_rot)/(2*M_PI);
+        r.turn.push_back((uint64_t) std::llround(std::ldexp(f, 62)) << 2);
+        r.freq.push_back(std::ldexp((double)(r.turn.back() >> 11), -53));
+        r.mag.push_back(mag);
+    }
+    std::vector<int> rest;
+    for (int i = 0; i < hd; i++) {
+        if (i < n_offs || i >= n_offs + n_rot) {
+            rest.push_back(i);
+        }
+    }
+    for (size_t i = 0; i + 1 < rest.size(); i += 2) {
+        r.pair_dim.push_back(rest[i]);
+        r.pair_dim.push_back(rest[i + 1]);
+        r.turn.push_back(0);
+        r.freq.push_back(0);
+        r.mag.push_back(1.0f);
+    }
+    return r;
+}
+
+struct Case {
+    const char * name;
+    int n_head, n_head_kv, hd_k, hd_v, group_k, group_v;
+    std::vector<int> rank_k, rank_v;
+    int b0_k, b1_k, b0_v, b1_v;
+    int n_token, n_stream, n_kv;
+    int n_rot, n_offs;
+    bool norm;
+    int mask;      // 0 none, 1 f16, 2 f32
+    bool sinks;
+    float softcap, max_bias;
+    int positions; // 0: consecutive, 1: in pieces, 2: random
+    int align;     // of rows
+};
+
+typedef void (*Kernel)(palu_cuda_attn);
+struct Fast { int hd, hs, ks, un; Kernel f, f_scaled; };
+#define FAST(HD, HS, KS, UN) { HD, HS, KS, UN, palu_decode_sm90_##HD##_##HS##_##KS##_##UN, palu_decode_sm90_##HD##_##HS##_##KS##_##UN##_scaled },
+static const Fast fast_kernels[] = { PALU_SM90_KERNELS(FAST) };
+
+static int n_sm = 132;
+static size_t smem_max = 232448;
+
+// Sets what the fast kernel needs in p; NULL if none fits.
+static const Fast * plan_fast(palu_cuda_attn & p) {
+    for (const Fast & f : fast_kernels) {
+        if (f.hd != p.k.head_dim || f.hs*(p.n_head/p.k.n_head_kv)*p.n_token > 8 || p.k.group_size%f.hs || p.v.group_size%f.hs ||
+            f.ks*32 < p.k.rank_max || f.un*128 < p.v.rank_max) {
+            continue;
+        }
+        p.heads_per_cta = f.hs;
+        p.k_stage_words = palu_cuda_stage_words(&p.k);
+        p.v_stage_words = palu_cuda_stage_words(&p.v);
+        if (palu_cuda_sm90_smem(&p, f.ks) > smem_max) {
+            continue;
+        }
+        return &f;
+    }
+    return nullptr;
+}
+static void split(palu_cuda_attn & p, int blocks) {
+    const int tiles = (p.n_kv + 63)/64;
+    int n = std::max(1, std::min(tiles, n_sm/std::max(1, blocks)));
+    p.chunk_tiles = (tiles + n - 1)/n;
+    p.n_chunk = (tiles + p.chunk_tiles - 1)/p.chunk_tiles;
+}
+
+static void launch_general(const palu_cuda_attn & p) {
+    const size_t smem = palu_cuda_decode_smem(&p);
+    CHECK(cudaFuncSetAttribute(palu_decode, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) smem));
+    const int n_col = p.n_token*p.n_head/p.k.n_head_kv;
+    palu_decode<<<dim3(p.n_chunk, p.k.n_head_kv*((n_col + 7)/8), p.n_stream), 128, smem>>>(p);
+    CHECK(cudaGetLastError());
+}
+static void launch_fast(const palu_cuda_attn & p, const Fast & f) {
+    const size_t smem = palu_cuda_sm90_smem(&p, f.ks);
+    const Kernel kernel = p.trig_scale < 1 ? f.f_scaled : f.f;
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) smem));
+    kernel<<<dim3(p.n_chunk, p.k.n_head_kv/f.hs, p.n_stream), 128*(palu_cuda_sm90_score(f.ks) + palu_cuda_sm90_value(f.ks)), smem>>>(p);
+    CHECK(cudaGetLastError());
+}
+static void launch_combine(const palu_cuda_attn & p) {
+    const size_t smem = 4*(size_t)(p.rank_stride + 32 + p.n_chunk + 256);
+    palu_combine<<<dim3(p.n_head*((p.v.head_dim + 31)/32), p.n_token, p.n_stream), 256, smem>>>(p);
+    CHECK(cudaGetLastError());
+}
+
+struct Problem {
+    palu_cuda_attn p = {};
+    Side k, v;
+    Rope rope;
+    std::vector<float> q, sinks, mask;
+    std::vector<uint8_t> rows_k, rows_v;
+    std::vector<int32_t> pos;
+};
+
+static Problem make_problem(const Case & c, bool rows = true) {
+    Problem x;
+    x.rope = make_rope(c.hd_k, c.n_rot, c.n_offs, c.norm, 10000.0f, c.norm ? 1.1f : 1.0f);
+    x.k = make_side(c.n_head_kv, c.hd_k, c.group_k, c.rank_k, c.b0_k, c.b1_k, &x.rope.pair_dim, false, c.align);
+    x.v = make_side(c.n_head_kv, c.hd_v, c.group_v, c.rank_v, c.b0_v, c.b1_v, nullptr, false, c.align);
+    palu_cuda_attn & p = x.p;
+    p.k = x.k.dev;
+    p.v = x.v.dev;
+    p.rope.pair_dim = upload(x.rope.pair_dim);
+    p.rope.turn = upload(x.rope.turn);
+    p.rope.mag = upload(x.rope.mag);
+    x.q.resize((size_t) c.n_stream*c.n_token*c.n_head*c.hd_k);
+    for (float & f : x.q) {
+        f = 1.5f*gauss();
+    }
+    p.q = upload(x.q);
+    p.q_nb_head = c.hd_k*4;
+    p.q_nb_token = (int64_t) c.n_head*c.hd_k*4;
+    p.q_nb_stream = p.q_nb_token*c.n_token;
+    x.pos.resize((size_t) c.n_stream*c.n_kv);
+    for (int s = 0; s < c.n_stream; s++) {
+        for (int t = 0; t < c.n_kv; t++) {
+            x.pos[(size_t) s*c.n_kv + t] = c.positions == 0 ? t + 1000*s : c.positions == 1 ? t + t/100*777 : (int)(rng()%100000);
+        }
+    }
+    x.mask.resize(c.mask ? (size_t) c.n_stream*c.n_token*c.n_kv : 0);
+    for (int s = 0; s < c.n_stream && c.mask; s++) {
+        for (int t = 0; t < c.n_kv; t++) {
+            const bool hidden = rng()%5 == 0; // from all
+            for (int i = 0; i < c.n_token; i++) {
+                const bool out = hidden || rng()%10 == 0 || (s == 1 && i == 0);
+                x.mask[((size_t) s*c.n_token + i)*c.n_kv + t] = out ? -INFINITY : c.max_bias > 0 ? -(float)((c.n_kv - t)%64) : 0.0f;
+            }
+        }
+    }
+    if (c.mask == 1) {
+        std::vector<uint16_t> h(x.mask.size());
+        for (size_t i = 0; i < h.size(); i++) {
+            const __half v = __float2half(x.mask[i]);
+            memcpy(&h[i], &v, 2);
+        }
+        p.mask = upload(h);
+    } else if (c.mask == 2) {
+        p.mask = upload(x.mask);
+    }
+    p.mask_f16 = c.mask == 1;
+    p.mask_nb_token = (int64_t) c.n_kv*(c.mask == 1 ? 2 : 4);
+    p.mask_nb_stream = p.mask_nb_token*c.n_token;
+    if (c.sinks) {
+        for (int i = 0; i < c.n_head; i++) {
+            x.sinks.push_back(gauss());
+        }
+        p.sinks = upload(x.sinks);
+    }
+    if (rows) {
+        x.rows_k = random_rows(x.k, (int64_t) c.n_stream*c.n_kv);
+        x.rows_v = random_rows(x.v, (int64_t) c.n_stream*c.n_kv);
+        for (int64_t t = 0; t < (int64_t) c.n_stream*c.n_kv && c.mask; t++) {
+            bool seen = false;
+            for (int i = 0; i < c.n_token; i++) {
+                seen |= x.mask[(t/c.n_kv*c.n_token + i)*c.n_kv + t%c.n_kv] != -INFINITY;
+            }
+            if (!seen) {
+                memset(&x.rows_k[t*p.k.row_bytes], 0xff, p.k.row_bytes);
+                memset(&x.rows_v[t*p.v.row_bytes], 0xff, p.v.row_bytes);
+                x.pos[t] = -1;
+            }
+        }
+        p.rows_k = upload(x.rows_k);
+        p.rows_v = upload(x.rows_v);
+    }
+    p.pos = upload(x.pos);
+    p.rows_k_nb_stream = (int64_t) c.n_kv*p.k.row_bytes;
+    p.rows_v_nb_stream = (int64_t) c.n_kv*p.v.row_bytes;
+    p.n_head = c.n_head;
+    p.n_token = c.n_token;
+    p.n_stream = c.n_stream;
+    p.n_kv = c.n_kv;
+    p.rank_stride = (p.v.rank_max + 7)/8*8;
+    p.scale = 1.0f/std::sqrt((float) c.hd_k);
+    p.softcap = c.softcap;
+    p.max_bias = c.max_bias;
+    // the largest integer that a rebuilt key can be
+    double most = 1;
+    for (const auto & g : x.k.groups) {
+        for (int d = 0; d < c.group_k*c.hd_k; d++) {
+            double sum = 0;
+            for (int i = 0; i < g.rank; i++) {
+                sum += std::abs(x.k.dec[g.dec0 + (int64_t) d*g.rank_pad + palu_cuda_key_channel(i)])*(double)(1 << ((x.k.segs[g.seg0 + i/8] >> 24) - 1));
+            }
+            most = std::max(most, sum);
+        }
+    }
+    p.trig_scale = 1.0f;
+    while (most*p.trig_scale > 46000) {
+        p.trig_scale *= 0.5f;
+    }
+    return x;
+}
+
+// Attention in double precision from the rows.
+static std::vector<double> reference(const Case & c, const Problem & x) {
+    const int gqa = c.n_head/c.n_head_kv;
+    std::vector<double> out((size_t) c.n_stream*c.n_token*c.n_head*c.hd_v);
+    auto work = [&](int job) {
+        const int stream = job/c.n_head_kv;
+        const int head = job%c.n_head_kv;
+        const auto & gk = x.k.groups[head/c.group_k];
+        const auto & gv = x.v.groups[head/c.group_v];
+        const int n_row = c.n_token*gqa;
+        std::vector<double> score((size_t) n_row*c.n_kv, -INFINITY), key(c.hd_k), val((size_t) c.n_kv*c.hd_v), cc(std::max(gk.rank, gv.rank));
+        for (int t = 0; t < c.n_kv; t++) {
+            bool seen = false;
+            for (int i = 0; i < c.n_token; i++) {
+                seen |= !c.mask || x.mask[((size_t) stream*c.n_token + i)*c.n_kv + t] != -INFINITY;
+            }
+            if (!seen) {
+                continue;
+            }
+            auto rebuild = [&](const Side & s, const palu_cuda_group & g, const uint8_t * row, double * to) {
+                const double scale = scale_at(g, row);
+                for (int i = 0; i < g.rank; i++) {
+                    cc[i] = code_at(s, g, row, i) - ((1 << (s.segs[g.seg0 + i/8] >> 24)) - 1)*0.5;
+                }
+                for (int d = 0; d < s.hd; d++) {
+                    const int8_t * w = &s.dec[g.dec0 + (int64_t)((head%s.group_size)*s.hd + d)*g.rank_pad];
+                    double sum = 0;
+                    for (int i = 0; i < g.rank; i++) {
+                        sum += w[&s == &x.k ? palu_cuda_key_channel(i) : i]*cc[i];
+                    }
+                    to[d] = scale*(s.dec_scale[head*s.hd + d]*sum)*(g.rank ? 1 : 0) + s.mean[head*s.hd + d];
+                }
+            };
+            const size_t at = (size_t) stream*c.n_kv + t;
+            rebuild(x.k, gk, &x.rows_k[at*x.k.dev.row_bytes], key.data());
+            rebuild(x.v, gv, &x.rows_v[at*x.v.dev.row_bytes], &val[(size_t) t*c.hd_v]);
+            for (int i = 0; i < c.hd_k/2; i++) {
+                const double turn = x.rope.freq[i]*x.pos[at];
+                const double a = 2*M_PI*(turn - std::floor(turn));
+                const int da = x.rope.pair_dim[2*i], db = x.rope.pair_dim[2*i + 1];
+                const double ka = key[da], kb = key[db];
+                key[da] = x.rope.mag[i]*(ka*std::cos(a) - kb*std::sin(a));
+                key[db] = x.rope.mag[i]*(ka*std::sin(a) + kb*std::cos(a));
+            }
+            for (int r = 0; r < n_row; r++) {
+                const int token = r/gqa;
+                const int qh = head*gqa + r%gqa;
+                const float m = c.mask ? x.mask[((size_t) stream*c.n_token + token)*c.n_kv + t] : 0.0f;
+                if (m == -INFINITY) {
+                    continue;
+                }
+                double s = 0;
+                const float * q = &x.q[(((size_t) stream*c.n_token + token)*c.n_head + qh)*c.hd_k];
+                for (int d = 0; d < c.hd_k; d++) {
+                    s += q[d]*key[d];
+                }
+                s *= x.p.scale;
+                if (c.softcap != 0) {
+                    s = c.softcap*std::tanh(s/c.softcap);
+                }
+                double slope = 1;
+                if (c.max_bias > 0) {
+                    const int n = 1 << (int) std::floor(std::log2((double) c.n_head));
+                    slope = qh < n ? std::pow(std::pow(2.0, -c.max_bias/n), qh + 1) : std::pow(std::pow(2.0, -c.max_bias/2/n), 2*(qh - n) + 1);
+                }
+                score[(size_t) r*c.n_kv + t] = s + slope*m;
+            }
+        }
+        for (int r = 0; r < n_row; r++) {
+            const int qh = head*gqa + r%gqa;
+            double top = c.sinks ? x.sinks[qh] : -INFINITY;
+            for (int t = 0; t < c.n_kv; t++) {
+                top = std::max(top, score[(size_t) r*c.n_kv + t]);
+            }
+            double sum = c.sinks ? std::exp(x.sinks[qh] - top) : 0;
+            double * o = &out[(((size_t) stream*c.n_token + r/gqa)*c.n_head + qh)*c.hd_v];
+            if (top == -INFINITY) {
+                continue;
+            }
+            for (int t = 0; t < c.n_kv; t++) {
+                const double s = score[(size_t) r*c.n_kv + t];
+                if (s == -INFINITY) {
+                    continue;
+                }
+                const double w = std::exp(s - top);
+                sum += w;
+                for (int d = 0; d < c.hd_v; d++) {
+                    o[d] += w*val[(size_t) t*c.hd_v + d];
+                }
+            }
+            for (int d = 0; d < c.hd_v; d++) {
+                o[d] /= sum;
+            }
+        }
+    };
+    std::vector<std::thread> threads;
+    const int n = std::max(1u, std::thread::hardware_concurrency());
+    for (int i = 0; i < n; i++) {
+        threads.emplace_back([&, i] {
+            for (int job = i; job < c.n_stream*c.n_head_kv; job += n) {
+                work(job);
+            }
+        });
+    }
+    for (auto & t : threads) {
+        t.join();
+    }
+    return out;
+}
+
+static double distance(const std::vector<float> & a, const std::vector<double> & b) {
+    double e = 0, n = 0;
+    for (size_t i = 0; i < b.size(); i++) {
+        e += (a[i] - b[i])*(a[i] - b[i]);
+        n += b[i]*b[i];
+    }
+    return std::sqrt(e/n);
+}
+
+static std::vector<float> run_attn(palu_cuda_attn p, const Fast * f, size_t n_out) {
+    const size_t n_part = (size_t) p.n_stream*p.n_token*p.n_head*p.n_chunk*(4 + p.rank_stride);
+    p.partial = (float *) room(n_part*4);
+    p.out = (float *) room(n_out*4);
+    if (f) {
+        launch_fast(p, *f);
+    } else {
+        launch_general(p);
+    }
+    launch_combine(p);
+    std::vector<float> out(n_out);
+    CHECK(cudaDeviceSynchronize());
+    CHECK(cudaMemcpy(out.data(), p.out, n_out*4, cudaMemcpyDeviceToHost));
+    return out;
+}
+
+static int n_wrong = 0;
+
+static void check_case(const Case & c) {
+    Problem x = make_problem(c);
+    const std::vector<double> ref = reference(c, x);
+    palu_cuda_attn p = x.p;
+    split(p, c.n_head_kv*c.n_stream);
+    const double general = distance(run_attn(p, nullptr, ref.size()), ref);
+    bool ok = general < 2e-5;
+    printf("%-58s general %.1e (%d chunks)", c.name, general, p.n_chunk);
+    if (const Fast * f = plan_fast(p)) {
+        split(p, c.n_head_kv/f->hs*c.n_stream);
+        const double fast = distance(run_attn(p, f, ref.size()), ref);
+        p.n_chunk = 1;
+        p.chunk_tiles = (p.n_kv + 63)/64;
+        const double one = distance(run_attn(p, f, ref.size()), ref);
+        ok &= fast < 3e-3 && one < 3e-3;
+        printf("  sm90 %d,%d,%d,%d %.1e, in one chunk %.1e", f->hd, f->hs, f->ks, f->un, fast, one);
+    }
+    printf("  %s\n", ok ? "ok" : "WRONG");
+    fflush(stdout);
+    n_wrong += !ok;
+    free_all();
+}
+
+static void check_store(const char * name, int n_head, int hd, int group_size, std::vector<int> ranks, int b0, int b1, int n_token) {
+    Side s = make_side(n_head, hd, group_size, ranks, b0, b1, nullptr, true, 4);
+    const int n_row = n_token + 5;
+    std::vector<float> x((size_t) n_token*n_head*hd);
+    for (float & f : x) {
+        f = 2*gauss();
+    }
+    const int bad = n_token > 2 ? 2 : -1;
+    if (bad >= 0) {
+        x[(size_t) bad*n_head*hd + 3] = NAN;
+    }
+    std::vector<int64_t> idxs(n_row);
+    for (int i = 0; i < n_row; i++) {
+        idxs[i] = i;
+    }
+    std::shuffle(idxs.begin(), idxs.end(), rng);
+    palu_cuda_store p = {};
+    p.side = s.dev;
+    p.x = upload(x);
+    p.x_nb_head = hd*4;
+    p.x_nb_token = (int64_t) n_head*hd*4;
+    p.idxs = upload(idxs);
+    p.rows = (uint8_t *) room((size_t) n_row*s.dev.row_bytes);
+    p.latent = (float *) room((size_t) n_token*std::max(1, s.dev.rank_sum)*4);
+    p.n_token = n_token;
+    palu_project<<<dim3((s.dev.rank_sum + 15)/16, (n_token + 7)/8), 128>>>(p);
+    CHECK(cudaGetLastError());
+    palu_quantize<<<dim3(n_token, s.dev.n_group), 128, 5*s.dev.rank_max + 64>>>(p);
+    CHECK(cudaGetLastError());
+    std::vector<uint8_t> rows((size_t) n_row*s.dev.row_bytes);
+    CHECK(cudaMemcpy(rows.data(), p.rows, rows.size(), cudaMemcpyDeviceToHost));
+    // the same search in double precision; codes next to a rounding boundary may differ
+    size_t n_code = 0, n_diff = 0;
+    int n_scale = 0;
+    bool ok = true;
+    for (int t = 0; t < n_token; t++) {
+        const uint8_t * row = &rows[idxs[t]*s.dev.row_bytes];
+        for (int g = 0; g < s.dev.n_group; g++) {
+            const auto & group = s.groups[g];
+            const int d = group_size*hd;
+            if (t == bad && g == 0) {
+                ok &= std::isnan(scale_at(group, row));
+                continue;
+            }
+            std::vector<double> y(group.rank), half(group.rank), w(group.rank);
+            double top = 0;
+            for (int c = 0; c < group.rank; c++) {
+                double z = 0;
+                for (int j = 0; j < d; j++) {
+                    __half e;
+                    memcpy(&e, &s.enc[group.enc0 + (int64_t) c*d + j], 2);
+                    z += (double) __half2float(e)*(x[((size_t) t*n_head + g*group_size)*hd + j] - s.mean[g*d + j]);
+                }
+                half[c] = ((1 << (s.segs[group.seg0 + c/8] >> 24)) - 1)*0.5;
+                y[c] = z/s.step[group.step0 + c];
+                w[c] = (double) s.step[group.step0 + c]*s.step[group.step0 + c];
+                top = std::max(top, std::fabs(y[c])/(half[c] + 0.5));
+            }
+            auto level = [&](int c, double scale) { return std::nearbyint(std::min(std::max(y[c]/scale + half[c], 0.0), 2*half[c])) - half[c]; };
+            auto error = [&](double scale) {
+                double e = 0;
+                for (int c = 0; c < group.rank; c++) {
+                    const double i = y[c] - level(c, scale)*scale;
+                    e += i*i*w[c];
+                }
+                return e;
+            };
+            double best = 0, least = INFINITY;
+            int worse = 0;
+            for (float scale = (float) top; worse < 3; scale /= 1.19f) {
+                const double h = __half2float(__float2half(scale));
+                if (h == 0) {
+                    break;
+                }
+                const double e = error(h);
+                if (e < least) {
+                    best = h;
+                    least = e;
+                    worse = 0;
+                } else {
+                    worse++;
+                }
+            }
+            if (best > 0) {
+                double above = 0, below = 0;
+                for (int c = 0; c < group.rank; c++) {
+                    above += w[c]*level(c, best)*y[c];
+                    below += w[c]*level(c, best)*level(c, best);
+                }
+                const double refit = __half2float(__float2half((float)(above/below)));
+                if (refit > 0 && error(refit) < least) {
+                    best = refit;
+                }
+            }
+            if (best != scale_at(group, row) && n_scale < 3) {
+                printf("    scale %g instead of %g\n", scale_at(group, row), best);
+            }
+            n_scale += best != scale_at(group, row);
+            for (int c = 0; c < group.rank; c++) {
+                const int want = best > 0 ? (int)(level(c, best) + half[c]) : 0;
+                n_diff += want != code_at(s, group, row, c);
+                ok &= std::abs(want - code_at(s, group, row, c)) <= 1 || best != scale_at(group, row);
+                n_code++;
+            }
+        }
+        for (int i = s.groups.back().row_end; i < s.dev.row_bytes; i++) {
+            ok &= row[i] == 0;
+        }
+    }
+    for (int i = n_token; i < n_row; i++) {
+        for (int j = 0; j < s.dev.row_bytes; j++) {
+            ok &= rows[idxs[i]*s.dev.row_bytes + j] == 0xff; // not named, not touched
+        }
+    }
+    ok &= n_diff < 1 + n_code/2000 && n_scale <= 1 + n_token*s.dev.n_group/50;
+    printf("%-58s %zu of %zu codes and %d scales differ  %s\n", name, n_diff, n_code, n_scale, ok ? "ok" : "WRONG");
+    fflush(stdout);
+    n_wrong += !ok;
+    free_all();
+}
+
+static const char * only = nullptr; // cases to time: those whose name has this in it
+static int only_size = 0;
+
+static void bench_case(Case c, const std::vector<int> & sizes) {
+    if (only && !strstr(c.name, only)) {
+        return;
+    }
+    for (int n_kv : sizes) {
+        if (only_size && only_size != n_kv) {
+            continue;
+        }
+        c.n_kv = n_kv;
+        Problem x = make_problem(c, false);
+        palu_cuda_attn p = x.p;
+        const Fast * f = plan_fast(p);
+        if (!f) {
+            printf("%s: no fast kernel\n", c.name);
+            return;
+        }
+        split(p, c.n_head_kv/f->hs*c.n_stream);
+        // several sets of rows, more than the L2 holds
+        const int64_t bytes = (int64_t) n_kv*(p.k.row_bytes + p.v.row_bytes);
+        const int n_set = (int) std::max<int64_t>(1, std::min<int64_t>(32, (300 << 20)/bytes + 1));
+        const std::vector<uint8_t> part_k = random_rows(x.k, 4096), part_v = random_rows(x.v, 4096);
+        std::vector<const uint8_t *> rows_k, rows_v;
+        for (int i = 0; i < n_set; i++) {
+            uint8_t * k = (uint8_t *) room((size_t) n_kv*p.k.row_bytes);
+            uint8_t * v = (uint8_t *) room((size_t) n_kv*p.v.row_bytes);
+            for (int t = 0; t < n_kv; t += 4096) {
+                CHECK(cudaMemcpy(k + (size_t) t*p.k.row_bytes, part_k.data(), (size_t) std::min(4096, n_kv - t)*p.k.row_bytes, cudaMemcpyHostToDevice));
+                CHECK(cudaMemcpy(v + (size_t) t*p.v.row_bytes, part_v.data(), (size_t) std::min(4096, n_kv - t)*p.v.row_bytes, cudaMemcpyHostToDevice));
+            }
+            rows_k.push_back(k);
+            rows_v.push_back(v);
+        }
+        const size_t n_out = (size_t) c.n_head*c.hd_v;
+        p.partial = (float *) room((size_t) p.n_head*p.n_chunk*(4 + p.rank_stride)*4);
+        p.out = (float *) room(n_out*4);
+        cudaEvent_t e[3];
+        for (auto & i : e) {
+            CHECK(cudaEventCreate(&i));
+        }
+        std::vector<float> all, one;
+        for (int i = 0; i < 60; i++) {
+            p.rows_k = rows_k[i%n_set];
+            p.rows_v = rows_v[i%n_set];
+            // something before, so that the launches are queued when the clock starts
+            launch_combine(p);
+            CHECK(cudaEventRecord(e[0]));
+            launch_fast(p, *f);
+            CHECK(cudaEventRecord(e[1]));
+            launch_combine(p);
+            CHECK(cudaEventRecord(e[2]));
+            CHECK(cudaEventSynchronize(e[2]));
+            float a, b;
+            CHECK(cudaEventElapsedTime(&a, e[0], e[2]));
+            CHECK(cudaEventElapsedTime(&b, e[0], e[1]));
+            if (i >= 10) {
+                all.push_back(a*1000);
+                one.push_back(b*1000);
+            }
+        }
+        // back to back
+        const int n_rep = 40;
+        CHECK(cudaEventRecord(e[0]));
+        for (int i = 0; i < n_rep; i++) {
+            p.rows_k = rows_k[i%n_set];
+            p.rows_v = rows_v[i%n_set];
+            launch_fast(p, *f);
+            launch_combine(p);
+        }
+        CHECK(cudaEventRecord(e[2]));
+        CHECK(cudaEventSynchronize(e[2]));
+        float total;
+        CHECK(cudaEventElapsedTime(&total, e[0], e[2]));
+        std::sort(all.begin(), all.end());
+        std::sort(one.begin(), one.end());
+        // against the general kernel, on the same rows
+        double diff = 0;
+        if (n_kv <= 65536) {
+            p.rows_k = rows_k[0];
+            p.rows_v = rows_v[0];
+            const std::vector<float> fast = run_attn(p, f, n_out);
+            palu_cuda_attn g = p;
+            split(g, c.n_head_kv);
+            const std::vector<float> general = run_attn(g, nullptr, n_out);
+            diff = distance(fast, std::vector<double>(general.begin(), general.end()));
+            n_wrong += !(diff < 5e-3);
+        }
+        printf("%-34s %7d  %.2f bits  chunks %3d  both %7.1f us  attention alone %7.1f us  back to back %7.1f us  general %.1e\n", c.name, n_kv,
+            8.0*(p.k.row_bytes + p.v.row_bytes)/(c.n_head_kv*(c.hd_k + c.hd_v)), p.n_chunk, all[all.size()/2], one[one.size()/2], total*1000/n_rep, diff);
+        fflush(stdout);
+        for (auto & i : e) {
+            CHECK(cudaEventDestroy(i));
+        }
+        free_all();
+    }
+}
+
+int main(int argc, char ** argv) {
+    const std::string what = argc > 1 ? argv[1] : "all";
+    only = argc > 2 ? argv[2] : nullptr;
+    only_size = argc > 3 ? atoi(argv[3]) : 0;
+    cudaDeviceProp prop;
+    CHECK(cudaGetDeviceProperties(&prop, 0));
+    n_sm = prop.multiProcessorCount;
+    smem_max = prop.sharedMemPerBlockOptin;
+    printf("%s, %d multiprocessors, %zu bytes of shared memory\n", prop.name, n_sm, smem_max);
+    //                                       heads    dims      groups  ranks                bits         tok str kv    rope            mask  sinks  cap  alibi pos align
+    const std::vector<Case> cases = {
+        { "MHA 32x128, groups of 4, (1024, 3072)", 32, 32, 128, 128,  4, 4, {128}, {384}, 4, 2, 4, 2,  1, 1,  700, 128, 0, false, 0, false, 0, 0, 0, 16 },
+        { "the same, positions in pieces, f16 mask, sinks", 32, 32, 128, 128,  4, 4, {128}, {384}, 4, 2, 4, 2,  1, 1,  701, 128, 0, false, 1, true, 0, 0, 1, 4 },
+        { "MHA (2048, 2048), random positions, softcap", 32, 32, 128, 128,  4, 4, {256}, {256}, 6, 3, 6, 3,  1, 1,  640, 128, 0, false, 0, false, 20, 0, 2, 4 },
+        { "GQA 32/8x128 joint, 448 and 600", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  900, 128, 0, false, 0, false, 0, 0, 0, 4 },
+        { "the same, 2 tokens, 3 streams, f32 mask, ALiBi", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  2, 3,  200, 128, 0, false, 2, false, 0, 8, 1, 4 },
+        { "GQA 16/4x128 pairs, mixed ranks, all bits, NORM", 16, 4, 128, 128,  2, 2, {248, 72}, {136, 344}, 0, 0, 0, 0,  1, 2,  333, 64, 32, true, 1, true, 0, 0, 2, 4 },
+        { "MHA 8x64, all bits, partial RoPE", 8, 8, 64, 64,  4, 4, {96}, {200}, 0, 0, 0, 0,  2, 1,  500, 32, 0, false, 0, false, 0, 0, 1, 4 },
+        { "GQA 16/2x64 joint, NORM", 16, 2, 64, 64,  2, 2, {120}, {128}, 5, 2, 5, 2,  1, 1,  129, 64, 0, true, 2, false, 0, 0, 0, 4 },
+        { "GQA 8/2x128, single heads", 8, 2, 128, 128,  1, 1, {128}, {96}, 4, 3, 4, 3,  2, 1,  65, 128, 0, false, 1, false, 0, 0, 0, 4 },
+        { "heads of 256, 3 tokens", 8, 4, 256, 256,  4, 4, {160}, {240}, 0, 0, 0, 0,  3, 1,  150, 128, 0, false, 1, false, 50, 0, 2, 4 },
+        { "heads of 192 and 96, ranks 0 to 64, 9 tokens", 6, 3, 192, 96,  1, 1, {64, 0, 8}, {0, 48, 24}, 0, 0, 0, 0,  9, 2,  99, 64, 128, true, 2, true, 0, 0, 1, 4 },
+        { "heads of 80, 21 tokens, no RoPE", 4, 4, 80, 80,  2, 4, {88}, {200}, 4, 1, 4, 1,  21, 1,  70, 0, 0, false, 1, false, 0, 0, 0, 4 },
+        { "one cell", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  1, 128, 0, false, 0, false, 0, 0, 0, 4 },
+    };
+    if (what != "bench") {
+        for (const Case & c : cases) {
+            check_case(c);
+        }
+        check_store("store 32x128, groups of 4, rank 128, 1 token", 32, 128, 4, {128}, 4, 2, 1);
+        check_store("store 8x128 joint, rank 600, 19 tokens", 8, 128, 8, {600}, 6, 3, 19);
+        check_store("store 3x96, ranks 0 to 64, all bits, 9 tokens", 3, 96, 1, {64, 0, 8}, 0, 0, 9);
+    }
+    if (what != "check") {
+        Case mha = cases[0];
+        mha.name = "MHA (1024, 3072)";
+        const std::vector<int> sizes = { 4096, 16384, 65536, 262144 };
+        bench_case(mha, sizes);
+        mha.b0_k = mha.b0_v = 6;
+        mha.b1_k = mha.b1_v = 3;
+        bench_case(mha, { 65536 });
+        mha = cases[0];
+        mha.name = "MHA (2048, 2048)";
+        mha.rank_k = {256};
+        mha.rank_v = {256};
+        bench_case(mha, sizes);
+        Case gqa = cases[3];
+        gqa.name = "GQA joint (448, 600)";
+        bench_case(gqa, sizes);
+        gqa.align = 16;
+        gqa.name = "GQA joint, rows of 16 bytes";
+        bench_case(gqa, { 65536 });
+    }
+    printf(n_wrong ? "%d WRONG\n" : "all ok\n", n_wrong);
+    return n_wrong != 0;
+}

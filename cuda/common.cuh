@@ -1,0 +1,45 @@
+// common.cuh - what the kernels share.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <math_constants.h>
+#include <stdint.h>
+
+#ifndef INFINITY
+#define INFINITY CUDART_INF_F
+#endif
+
+static constexpr float LOG2E = 1.4426950408889634f;
+
+static __device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) {
+        x += __shfl_xor_sync(0xffffffff, x, i);
+    }
+    return x;
+}
+
+static __device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, i));
+    }
+    return x;
+}
+
+// Sine and cosine of an angle in turns times 2^64; only the upper 32 bits matter (1.5e-9 radians).
+static __device__ __forceinline__ void sincos_turn(uint64_t turn, float & s, float & c) {
+    const float x = (float) (int32_t) (turn >> 32)*(6.283185307179586f/4294967296.0f); // -pi to pi
+    __sincosf(x, &s, &c);
+}
+
+// As in ggml_soft_max_ext.
+static __device__ __forceinline__ float alibi_slope(float max_bias, int n_head, int head) {
+    if (max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int n = 1 << (31 - __clz(n_head));
+    const float m0 = exp2f(-max_bias/n);
+    const float m1 = exp2f(-max_bias/2/n);
+    return head < n ? powf(m0, head + 1) : powf(m1, 2*(head - n) + 1);
+}

@@ -1,0 +1,473 @@
+// palu.cu - store, decode attention for any shape, combine. See palu_cuda.h for the parameters.
+
+#include "palu_cuda.h"
+#include "common.cuh"
+
+//
+// Store: z = enc (x - mean), then the scale with the least squared error, as the CPU codec finds it
+//
+
+// 16 channels and 8 tokens per block; a warp takes 4 channels.
+extern "C" __global__ void __launch_bounds__(128) palu_project(const __grid_constant__ palu_cuda_store p) {
+    const int lane = threadIdx.x & 31;
+    const int warp = threadIdx.x >> 5;
+    const int d = p.side.group_size*p.side.head_dim;
+    const int t0 = blockIdx.y*8;
+    const int n_t = min(8, p.n_token - t0);
+    for (int i = 0; i < 4; i++) {
+        const int c_all = blockIdx.x*16 + warp*4 + i;
+        if (c_all >= p.side.rank_sum) {
+            return;
+        }
+        int g = 0;
+        while (c_all >= p.side.groups[g].step0 + p.side.groups[g].rank) {
+            g++;
+        }
+        const palu_cuda_group & group = p.side.groups[g];
+        const __half * enc = (const __half *) p.side.enc + group.enc0 + (int64_t)(c_all - group.step0)*d;
+        const float * mean = p.side.mean + (int64_t) g*d;
+        float sum[8] = {};
+        for (int j = lane; j < d; j += 32) {
+            const float e = __half2float(enc[j]);
+            const float m = mean[j];
+            const int head = g*p.side.group_size + j/p.side.head_dim;
+            const char * x = (const char *) p.x + head*p.x_nb_head + (j%p.side.head_dim)*sizeof(float);
+#pragma unroll
+            for (int t = 0; t < 8; t++) {
+                if (t < n_t) {
+                    sum[t] += e*(*(const float *)(x + (t0 + t)*p.x_nb_token) - m);
+                }
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < 8; t++) {
+            const float s = warp_sum(sum[t]);
+            if (lane == 0 && t < n_t) {
+                p.latent[(int64_t)(t0 + t)*p.side.rank_sum + c_all] = s;
+            }
+        }
+    }
+}
+
+static __device__ float block_sum_128(float x, float * tmp) {
+    x = warp_sum(x);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) {
+        tmp[threadIdx.x >> 5] = x;
+    }
+    __syncthreads();
+    return (tmp[0] + tmp[1]) + (tmp[2] + tmp[3]);
+}
+
+static __device__ float block_max_128(float x, float * tmp) {
+    x = warp_max(x);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) {
+        tmp[threadIdx.x >> 5] = x;
+    }
+    __syncthreads();
+    return fmaxf(fmaxf(tmp[0], tmp[1]), fmaxf(tmp[2], tmp[3]));
+}
+
+// One token and group per block.
+extern "C" __global__ void __launch_bounds__(128) palu_quantize(const __grid_constant__ palu_cuda_store p) {
+    extern __shared__ __align__(16) uint8_t smem[];
+    const palu_cuda_group & group = p.side.groups[blockIdx.y];
+    const int rank = group.rank;
+    float * tmp = (float *) smem;      // [16]
+    float * y = tmp + 16;              // [rank] latent in steps
+    uint8_t * codes = (uint8_t *)(y + rank); // [rank]
+    const uint32_t * segs = p.side.segs + group.seg0;
+    const float * step = p.side.step + group.step0;
+    const float * z = p.latent + (int64_t) blockIdx.x*p.side.rank_sum + group.step0;
+    uint8_t * row = p.rows + p.idxs[blockIdx.x]*(int64_t) p.side.row_bytes;
+
+    float top = 0.0f;
+    bool bad = false;
+    for (int c = threadIdx.x; c < rank; c += 128) {
+        const float half = ((1 << (segs[c/8] >> 24)) - 1)*0.5f;
+        const float v = step[c] > 0.0f ? z[c]/step[c] : 0.0f;
+        bad |= !isfinite(z[c]);
+        y[c] = v;
+        top = fmaxf(top, fabsf(v)/(half + 0.5f));
+    }
+    // inputs that are not finite may still give finite latents where the encoder is zero; they count as well
+    const int d = p.side.group_size*p.side.head_dim;
+    for (int j = threadIdx.x; j < d; j += 128) {
+        const int head = blockIdx.y*p.side.group_size + j/p.side.head_dim;
+        bad |= !isfinite(*(const float *)((const char *) p.x + blockIdx.x*p.x_nb_token + head*p.x_nb_head + (j%p.side.head_dim)*sizeof(float)));
+    }
+    bad = __syncthreads_or(bad);
+    top = block_max_128(top, tmp);
+
+    auto level = [&](int c, float scale, float half) {
+        return rintf(fminf(fmaxf(fmaf(y[c], 1.0f/scale, half), 0.0f), half + half));
+    };
+    auto error = [&](float scale) {
+        float e2 = 0.0f;
+        for (int c = threadIdx.x; c < rank; c += 128) {
+            const float half = ((1 << (segs[c/8] >> 24)) - 1)*0.5f;
+            const float e = fmaf(-(level(c, scale, half) - half), scale, y[c]);
+            e2 += e*e*step[c]*step[c];
+        }
+        return block_sum_128(e2, tmp);
+    };
+
+    float best = 0.0f;
+    if (bad) {
+        best = nanf("");
+    } else {
+        float least = INFINITY;
+        int worse = 0;
+        for (float scale = fminf(top, 65504.0f); worse < 3; scale /= 1.19f) {
+            const float s = __half2float(__float2half_rn(scale));
+            if (s == 0.0f) {
+                break;
+            }
+            const float e = error(s);
+            if (e < least) {
+                best = s;
+                least = e;
+                worse = 0;
+            } else {
+                worse++;
+            }
+        }
+        if (best > 0.0f) {
+            float above = 0.0f;
+            float below = 0.0f;
+            for (int c = threadIdx.x; c < rank; c += 128) {
+                const float half = ((1 << (segs[c/8] >> 24)) - 1)*0.5f;
+                const float l = level(c, best, half) - half;
+                const float w = l*step[c]*step[c];
+                above += w*y[c];
+                below += w*l;
+            }
+            above = block_sum_128(above, tmp);
+            below = block_sum_128(below, tmp);
+            const float refit = __half2float(__float2half_rn(above/below));
+            if (refit > 0.0f && isfinite(refit) && error(refit) < least) {
+                best = refit;
+            }
+        }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < rank; c += 128) {
+        const float half = ((1 << (segs[c/8] >> 24)) - 1)*0.5f;
+        codes[c] = best > 0.0f ? (uint8_t) level(c, best, half) : 0;
+    }
+    __syncthreads();
+    for (int s = threadIdx.x; s < rank/8; s += 128) {
+        const int bits = segs[s] >> 24;
+        uint64_t v = 0;
+        for (int i = 0; i < 8; i++) {
+            v |= (uint64_t) codes[s*8 + i] << (i*bits);
+        }
+        for (int i = 0; i < bits; i++) {
+            row[(segs[s] & 0xffffff) + i] = v >> (8*i);
+        }
+    }
+    if (threadIdx.x == 0) {
+        uint32_t h = __half_as_ushort(__float2half_rn(best));
+        // without this, ptxas 13.0 stores the f16's value, converted to u8, as its lower byte
+        asm volatile("" : "+r"(h));
+        row[group.row_offset] = (uint8_t) h;
+        row[group.row_offset + 1] = (uint8_t)(h >> 8);
+    }
+    if (blockIdx.y == gridDim.y - 1) {
+        for (int i = group.row_end + threadIdx.x; i < p.side.row_bytes; i += 128) {
+            row[i] = 0;
+        }
+    }
+}
+
+//
+// Decode attention for any shape: a KV head, up to 8 query rows and a chunk of the context per block. Simple and right;
+// the fast kernels are checked against it.
+//
+
+static __device__ float mask_at(const palu_cuda_attn & p, int stream, int token, int cell) {
+    if (!p.mask) {
+        return 0.0f;
+    }
+    const char * m = (const char *) p.mask + stream*p.mask_nb_stream + token*p.mask_nb_token;
+    return p.mask_f16 ? __half2float(((const __half *) m)[cell]) : ((const float *) m)[cell];
+}
+
+// Eight codes of a segment, read byte by byte.
+static __device__ uint64_t segment_bits(const uint8_t * row, uint32_t seg) {
+    uint64_t v = 0;
+    for (uint32_t i = 0; i < seg >> 24; i++) {
+        v |= (uint64_t) row[(seg & 0xffffff) + i] << (8*i);
+    }
+    return v;
+}
+
+static __device__ float row_scale(const uint8_t * row, int offset) {
+    return __half2float(__ushort_as_half(row[offset] | row[offset + 1] << 8));
+}
+
+extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_constant__ palu_cuda_attn p) {
+    constexpr int T = 32;
+    extern __shared__ __align__(16) uint8_t smem[];
+    const int tid = threadIdx.x;
+    const int gqa = p.n_head/p.k.n_head_kv;
+    const int n_col_all = gqa*p.n_token;
+    const int n_block = (n_col_all + 7)/8;
+    const int head = blockIdx.y/n_block;       // KV head
+    const int col0 = blockIdx.y%n_block*8;
+    const int n_col = min(8, n_col_all - col0);
+    const int stream = blockIdx.z;
+    const int hd = p.k.head_dim;
+    const palu_cuda_group gk = p.k.groups[head/p.k.group_size];
+    const palu_cuda_group gv = p.v.groups[head/p.v.group_size];
+    const int pad = (max(p.k.rank_max, p.v.rank_max) + 31)/32*32 + 4;
+
+    int8_t * codes = (int8_t *) smem;            // [T][pad]
+    float * key    = (float *)(codes + T*pad);   // [T][hd + 1]
+    float * q      = key + T*(hd + 1);           // [8][hd]
+    float * s      = q + 8*hd;                   // [8][T]
+    float * sums   = s + 8*T;                    // [8][8]: largest score, sum, weighted sum, correction
+    float * scale_k = sums + 64;                 // [T]
+    float * scale_v = scale_k + T;               // [T]
+    int   * seen   = (int *)(scale_v + T);       // [T] some query row sees the cell
+    int   * pos    = seen + T;                   // [T]
+    float * u      = (float *)(pos + T);         // [8][rank_stride]
+
+    for (int i = tid; i < n_col*hd; i += 128) {
+        const int c = col0 + i/hd;
+        const char * src = (const char *) p.q + stream*p.q_nb_stream + (c/gqa)*p.q_nb_token + (head*gqa + c%gqa)*p.q_nb_head;
+        q[i] = ((const float *) src)[i%hd];
+    }
+    for (int i = tid; i < 8*p.rank_stride; i += 128) {
+        u[i] = 0.0f;
+    }
+    if (tid < 8) {
+        sums[tid*8] = -INFINITY;
+        sums[tid*8 + 1] = 0.0f;
+        sums[tid*8 + 2] = 0.0f;
+    }
+    const int8_t * dec = p.k.dec + gk.dec0 + (int64_t)(head%p.k.group_size)*hd*gk.rank_pad;
+    const float * mean = p.k.mean + (int64_t) head*hd;
+    const float * dec_scale = p.k.dec_scale + (int64_t) head*hd;
+    const float * dec_half = p.k.dec_half + (int64_t) head*hd;
+    const uint8_t * rows_k = p.rows_k + stream*p.rows_k_nb_stream;
+    const uint8_t * rows_v = p.rows_v + stream*p.rows_v_nb_stream;
+
+    const int cell_begin = blockIdx.x*p.chunk_tiles*PALU_CUDA_TILE;
+    const int cell_end = min(p.n_kv, cell_begin + p.chunk_tiles*PALU_CUDA_TILE);
+    for (int cell0 = cell_begin; cell0 < cell_end; cell0 += T) {
+        const int n = min(T, cell_end - cell0);
+        __syncthreads();
+        if (tid < T) {
+            bool any = false;
+            for (int c = 0; c < n_col && tid < n; c++) {
+                any |= mask_at(p, stream, (col0 + c)/gqa, cell0 + tid) != -INFINITY;
+            }
+            seen[tid] = any;
+            pos[tid] = any ? p.pos[(int64_t) stream*p.n_kv + cell0 + tid] : 0;
+            scale_k[tid] = any ? row_scale(rows_k + (int64_t)(cell0 + tid)*p.k.row_bytes, gk.row_offset) : 0.0f;
+            scale_v[tid] = any ? row_scale(rows_v + (int64_t)(cell0 + tid)*p.v.row_bytes, gv.row_offset) : 0.0f;
+        }
+        __syncthreads();
+        for (int i = tid; i < T*(gk.rank_pad/8); i += 128) {
+            const int t = i%T;
+            const int sg = i/T;
+            const bool real = seen[t] && sg < gk.rank/8;
+            const uint32_t seg = real ? p.k.segs[gk.seg0 + sg] : 0;
+            const uint64_t v = real ? segment_bits(rows_k + (int64_t)(cell0 + t)*p.k.row_bytes, seg) : 0;
+            const int bits = seg >> 24;
+            for (int j = 0; j < 8; j++) {
+                // centred: the half that is left is in dec_half
+                codes[t*pad + (sg/4*32 + j/4*16 + sg%4*4 + j%4)] = real ? (int) (v >> (j*bits) & ((1u << bits) - 1)) - (1 << (bits - 1)) : 0;
+            }
+        }
+        __syncthreads();
+        for (int i = tid; i < T*(hd/2); i += 128) {
+            const int t = i%T;
+            const int pair = i/T;
+            if (!seen[t]) {
+                continue;
+            }
+            float x[2];
+            for (int side = 0; side < 2; side++) {
+                const int dim = p.rope.pair_dim[pair*2 + side];
+                const int8_t * w = dec + (int64_t) dim*gk.rank_pad;
+                int sum = 0;
+                for (int c = 0; c < gk.rank_pad; c += 4) {
+                    sum = __dp4a(*(const int *)(codes + t*pad + c), *(const int *)(w + c), sum);
+                }
+                const float latent = gk.rank ? scale_k[t]*(dec_scale[dim]*((float) sum + dec_half[dim])) : 0.0f;
+                x[side] = latent + mean[dim];
+            }
+            float sn, cs;
+            sincos_turn((uint64_t) (int64_t) pos[t]*p.rope.turn[pair], sn, cs);
+            const float mag = p.rope.mag[pair];
+            key[t*(hd + 1) + p.rope.pair_dim[pair*2]]     = mag*(x[0]*cs - x[1]*sn);
+            key[t*(hd + 1) + p.rope.pair_dim[pair*2 + 1]] = mag*(x[0]*sn + x[1]*cs);
+        }
+        __syncthreads();
+        for (int i = tid; i < T*n_col; i += 128) {
+            const int t = i%T;
+            const int c = i/T;
+            const float m = t < n ? mask_at(p, stream, (col0 + c)/gqa, cell0 + t) : -INFINITY;
+            float dot = -INFINITY;
+            if (m != -INFINITY) {
+                dot = 0.0f;
+                for (int j = 0; j < hd; j++) {
+                    dot = fmaf(q[c*hd + j], key[t*(hd + 1) + j], dot);
+                }
+                dot *= p.scale;
+                if (p.softcap != 0.0f) {
+                    dot = p.softcap*tanhf(dot/p.softcap);
+                }
+                dot = (dot + alibi_slope(p.max_bias, p.n_head, head*gqa + (col0 + c)%gqa)*m)*LOG2E;
+            }
+            s[c*T + t] = dot;
+        }
+        __syncthreads();
+        for (int c = tid >> 5; c < n_col; c += 4) {
+            const int t = tid & 31;
+            const float x = s[c*T + t];
+            const float old = sums[c*8];
+            const float top = fmaxf(old, warp_max(x));
+            const float base = top == -INFINITY ? 0.0f : top;
+            const float w = x == -INFINITY ? 0.0f : exp2f(x - base);
+            const float wv = w == 0.0f ? 0.0f : w*scale_v[t];
+            const float sum = warp_sum(w);
+            const float sum_v = warp_sum(wv);
+            s[c*T + t] = wv;
+            __syncwarp();
+            if (t == 0) {
+                const float fix = exp2f(old - base);
+                sums[c*8] = top;
+                sums[c*8 + 1] = sums[c*8 + 1]*fix + sum;
+                sums[c*8 + 2] = sums[c*8 + 2]*fix + sum_v;
+                sums[c*8 + 3] = fix;
+            }
+        }
+        for (int i = tid; i < T*(gv.rank/8); i += 128) {
+            const int t = i%T;
+            const int sg = i/T;
+            const uint32_t seg = p.v.segs[gv.seg0 + sg];
+            const uint64_t v = seen[t] ? segment_bits(rows_v + (int64_t)(cell0 + t)*p.v.row_bytes, seg) : 0;
+            const int bits = seg >> 24;
+            for (int j = 0; j < 8; j++) {
+                ((uint8_t *) codes)[t*pad + sg*8 + j] = v >> (j*bits) & ((1u << bits) - 1);
+            }
+        }
+        __syncthreads();
+        for (int ch = tid; ch < gv.rank; ch += 128) {
+            for (int c = 0; c < n_col; c++) {
+                float sum = u[c*p.rank_stride + ch]*sums[c*8 + 3];
+                for (int t = 0; t < T; t++) {
+                    sum = fmaf(s[c*T + t], (float) ((uint8_t *) codes)[t*pad + ch], sum);
+                }
+                u[c*p.rank_stride + ch] = sum;
+            }
+        }
+    }
+    __syncthreads();
+    for (int c = 0; c < n_col; c++) {
+        const int token = (col0 + c)/gqa;
+        const int qh = head*gqa + (col0 + c)%gqa;
+        float * dst = p.partial + ((((int64_t) stream*p.n_token + token)*p.n_head + qh)*p.n_chunk + blockIdx.x)*(4 + p.rank_stride);
+        if (tid < 4) {
+            dst[tid] = tid < 3 ? sums[c*8 + tid] : 0.0f;
+        }
+        for (int i = tid; i < gv.rank; i += 128) {
+            dst[4 + i] = u[c*p.rank_stride + i];
+        }
+    }
+}
+
+//
+// Combine: merges the chunks of one query row, decodes the summed values once
+//
+
+extern "C" __global__ void __launch_bounds__(256) palu_combine(const __grid_constant__ palu_cuda_attn p) {
+    extern __shared__ __align__(16) uint8_t smem[];
+    float * u = (float *) smem;               // [rank_stride + 32]
+    float * weight = u + p.rank_stride + 32;  // [n_chunk]
+    const int tid = threadIdx.x;
+    const int qh = blockIdx.x%p.n_head;
+    const int head = qh/(p.n_head/p.v.n_head_kv);
+    const palu_cuda_group g = p.v.groups[head/p.v.group_size];
+    const int64_t row = ((int64_t) blockIdx.z*p.n_token + blockIdx.y)*p.n_head + qh;
+    const int stride = 4 + p.rank_stride;
+    const float * part = p.partial + row*p.n_chunk*stride;
+
+    // every warp finds the sums for itself
+    const int lane = tid & 31;
+    float top = p.sinks ? p.sinks[qh]*LOG2E : -INFINITY;
+    for (int i = lane; i < p.n_chunk; i += 32) {
+        top = fmaxf(top, part[(int64_t) i*stride]);
+    }
+    top = warp_max(top);
+    const float base = top == -INFINITY ? 0.0f : top;
+    float sum = 0.0f;
+    float sum_v = 0.0f;
+    for (int i = lane; i < p.n_chunk; i += 32) {
+        const float w = exp2f(part[(int64_t) i*stride] - base);
+        weight[i] = w; // the same from every warp
+        sum += w*part[(int64_t) i*stride + 1];
+        sum_v += w*part[(int64_t) i*stride + 2];
+    }
+    sum = warp_sum(sum);
+    sum_v = warp_sum(sum_v);
+    const float all = sum + (p.sinks ? exp2f(p.sinks[qh]*LOG2E - base) : 0.0f);
+    const float inv = all > 0.0f ? 1.0f/all : all == 0.0f ? 0.0f : all; // no visible cell: zeros
+    __syncthreads();
+    for (int c = tid*4; c < g.rank_pad; c += 1024) {
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (c < g.rank) {
+#pragma unroll 16
+            for (int i = 0; i < p.n_chunk; i++) {
+                const float4 y = *(const float4 *)(part + (int64_t) i*stride + 4 + c);
+                const float w = weight[i];
+                x.x = fmaf(w, y.x, x.x);
+                x.y = fmaf(w, y.y, x.y);
+                x.z = fmaf(w, y.z, x.z);
+                x.w = fmaf(w, y.w, x.w);
+            }
+            const int bits = p.v.segs[g.seg0 + c/8] >> 24;
+            const float middle = ((1 << bits) - 1)*0.5f*sum_v;
+            x.x -= middle;
+            x.y -= middle;
+            x.z -= middle;
+            x.w -= middle;
+        }
+        *(float4 *)(u + c) = x;
+    }
+    __syncthreads();
+    // eight threads per dimension
+    const int hd = p.v.head_dim;
+    const int d = blockIdx.x/p.n_head*32 + tid/8;
+    float x = 0.0f;
+    if (d < hd) {
+        const int4 * w = (const int4 *)(p.v.dec + g.dec0 + (int64_t)(head%p.v.group_size*hd + d)*g.rank_pad);
+#pragma unroll 5
+        for (int i = tid%8; i < g.rank_pad/16; i += 8) {
+            const int4 v = __ldg(w + i);
+            const int word[4] = { v.x, v.y, v.z, v.w };
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float4 y = *(const float4 *)(u + i*16 + j*4);
+                x = fmaf((float) (int8_t) word[j], y.x, x);
+                x = fmaf((float) (int8_t) (word[j] >> 8), y.y, x);
+                x = fmaf((float) (int8_t) (word[j] >> 16), y.z, x);
+                x = fmaf((float) (word[j] >> 24), y.w, x);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 1; i < 8; i *= 2) {
+        x += __shfl_xor_sync(0xffffffff, x, i);
+    }
+    if (d < hd && tid%8 == 0) {
+        const float s = g.rank ? p.v.dec_scale[(int64_t) head*hd + d]*x : 0.0f;
+        p.out[row*hd + d] = all > 0.0f || all != all ? (s + p.v.mean[(int64_t) head*hd + d]*sum)*inv : 0.0f;
+    }
+}
+
+#include "decode_sm90.cuh"

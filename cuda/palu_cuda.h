@@ -1,0 +1,171 @@
+// palu_cuda.h - parameters of the CUDA kernels: plain data, every pointer a device pointer, every shape written beside it.
+//
+// Shapes are written slowest dimension first. The row format is that of docs/format.md. Integer decoders are made on the
+// host, one byte per weight:
+//
+//     weight[d][c] = round(dec[c][d]*step[c]/dec_scale[d]), |weight| <= 127
+//     x[d]         = mean[d] + row_scale*dec_scale[d]*sum over c of weight[d][c]*(code[c] - (2^bits[c] - 1)/2)
+//
+// For keys, the two dimensions that RoPE turns into each other must have the same dec_scale (the larger of the two
+// dimensions' max|dec*step|/127): then a rebuilt pair can be rotated before it is scaled.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PALU_CUDA_SEGMENT 8       // channels that share a bit width: b bits are b bytes
+#define PALU_CUDA_RANK_ALIGN 32   // decoders are padded with zeros to this many channels
+#define PALU_CUDA_TILE 64         // cells that the decode kernels take at a time
+
+// One head group of one side.
+typedef struct palu_cuda_group {
+    int32_t rank;      // kept channels, a multiple of 8; may be 0
+    int32_t rank_pad;  // rank rounded up to PALU_CUDA_RANK_ALIGN
+    int32_t seg0;      // first of its rank/8 entries in palu_cuda_side.segs
+    int32_t step0;     // first of its rank entries in palu_cuda_side.step
+    int32_t row_offset;// byte of the row at which its scale (f16) stands; the codes follow
+    int32_t row_end;   // byte of the row after its last code
+    int64_t dec0;      // first byte of its decoder [d][rank_pad] in palu_cuda_side.dec, a multiple of 16; d = group_size*head_dim
+    int64_t enc0;      // first element of its encoder [rank][d] in palu_cuda_side.enc
+} palu_cuda_group;
+
+// One side (keys or values) of one layer.
+typedef struct palu_cuda_side {
+    const palu_cuda_group * groups; // [n_group]
+    const uint32_t * segs;          // per group [rank/8]: byte of the row at which the segment's codes begin | bits << 24
+    const int8_t   * dec;           // per group [group_size*head_dim][rank_pad], 16-byte aligned; keys: channels in the order
+                                    // of palu_cuda_key_channel()
+    const float    * dec_scale;     // [n_head_kv*head_dim]
+    const float    * dec_half;      // [n_head_kv*head_dim] half the sum over c of weight[d][c] (keys; may be NULL for values)
+    const float    * mean;          // [n_head_kv*head_dim]
+    const uint16_t * enc;           // f16, per group [rank][group_size*head_dim]; only for storing
+    const float    * step;          // per group [rank]; only for storing
+    int32_t n_head_kv;
+    int32_t head_dim;
+    int32_t group_size;             // KV heads of a group; n_group = n_head_kv/group_size
+    int32_t n_group;
+    int32_t row_bytes;              // a multiple of 4
+    int32_t rank_max;               // largest rank of a group
+    int32_t row_span_max;           // largest row_end - row_offset of a group
+    int32_t rank_sum;               // over all groups
+} palu_cuda_side;
+
+// RoPE as tables, so that NORM, NEOX, partial RoPE, frequency factors and YaRN are all the same to a kernel. Every
+// dimension belongs to exactly one pair; the dimensions that are not rotated are paired in any order with turn = 0.
+// head_dim must be even.
+typedef struct palu_cuda_rope {
+    const int32_t  * pair_dim; // [head_dim/2][2]
+    const uint64_t * turn;     // [head_dim/2] turns per position, modulo 1, times 2^64: the angle is exact for any position
+    const float    * mag;      // [head_dim/2] magnitude (YaRN); 1 where not rotated
+} palu_cuda_rope;
+
+// palu_attn_params of include/palu.h with the layer's tables.
+typedef struct palu_cuda_attn {
+    palu_cuda_side k;
+    palu_cuda_side v;
+    palu_cuda_rope rope;
+    const float   * q;        // [n_stream][n_token][n_head][k.head_dim], strides in bytes
+    int64_t         q_nb_head;
+    int64_t         q_nb_token;
+    int64_t         q_nb_stream;
+    const uint8_t * rows_k;   // [n_stream][n_kv][k.row_bytes], 16-byte aligned
+    const uint8_t * rows_v;   // [n_stream][n_kv][v.row_bytes], 16-byte aligned
+    int64_t         rows_k_nb_stream;
+    int64_t         rows_v_nb_stream;
+    const void    * mask;     // [n_stream][n_token][n_kv] f16 or f32, or NULL
+    int64_t         mask_nb_token;
+    int64_t         mask_nb_stream;
+    const int32_t * pos;      // [n_stream][n_kv]
+    const float   * sinks;    // [n_head] or NULL
+    float         * partial;  // [n_stream][n_token][n_head][n_chunk][4 + rank_stride]: largest score (in bits, log2), sum of
+                              // weights, sum of weights times row scales, unused; then the values summed as codes
+    float         * out;      // [n_stream][n_token][n_head][v.head_dim]
+    int32_t         mask_f16;
+    int32_t         n_head;
+    int32_t         n_token;
+    int32_t         n_stream;
+    int32_t         n_kv;
+    int32_t         n_chunk;       // parts that the context is split into
+    int32_t         chunk_tiles;   // tiles of PALU_CUDA_TILE cells per chunk; n_chunk*chunk_tiles tiles cover n_kv
+    int32_t         rank_stride;   // v.rank_max rounded up to 8
+    float           scale;
+    float           softcap;
+    float           max_bias;
+    float           trig_scale;    // decode_sm90: power of two, at most 1, with which rebuilt keys, as integers, stay below 46000
+    int32_t         heads_per_cta; // decode_sm90: KV heads that a block works on
+    int32_t         k_stage_words; // decode_sm90: 4-byte words of a staged key row, 4 modulo 8
+    int32_t         v_stage_words;
+} palu_cuda_attn;
+
+// palu_store_params of include/palu.h with the side's tables. Two kernels: project, then quantize.
+typedef struct palu_cuda_store {
+    palu_cuda_side  side;
+    const float   * x;        // [n_token][n_head_kv][head_dim], strides in bytes
+    int64_t         x_nb_head;
+    int64_t         x_nb_token;
+    const int64_t * idxs;     // [n_token]
+    uint8_t       * rows;     // [n_row][row_bytes]
+    float         * latent;   // scratch [n_token][rank_sum]
+    int32_t         n_token;
+} palu_cuda_store;
+
+// Kernels (extern "C"; the struct is the only parameter, passed by value):
+//   palu_project (palu_cuda_store)  grid (ceil(rank_sum/16), ceil(n_token/8)), 128 threads
+//   palu_quantize(palu_cuda_store)  grid (n_token, n_group), 128 threads, dynamic shared memory 5*rank_max + 64 bytes
+//   palu_decode  (palu_cuda_attn)   any shape; grid (n_chunk, n_head_kv*ceil(n_col/8), n_stream), n_col = n_token*n_head/n_head_kv,
+//                                   128 threads, dynamic shared memory palu_cuda_decode_smem()
+//   palu_decode_sm90_*(palu_cuda_attn) few query rows on sm_90a; grid (n_chunk, n_head_kv/heads_per_cta, n_stream),
+//                                   128*(palu_cuda_sm90_score() + palu_cuda_sm90_value()) threads,
+//                                   dynamic shared memory palu_cuda_sm90_smem()
+//   palu_combine (palu_cuda_attn)   after either decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 256 threads,
+//                                   dynamic shared memory 4*(rank_stride + 32 + n_chunk + 256) bytes
+
+// Where channel c of a key decoder's row stands: of every 32 channels, first the lower halves of the four segments, then
+// the upper halves. Then a thread of a tensor core instruction holds a whole segment.
+static inline int32_t palu_cuda_key_channel(int32_t c) { return (c & ~31) | (c >> 2 & 1) << 4 | (c >> 3 & 3) << 2 | (c & 3); }
+
+static inline int32_t palu_cuda_max32(int32_t a, int32_t b) { return a > b ? a : b; }
+
+static inline size_t palu_cuda_decode_smem(const palu_cuda_attn * p) {
+    const int32_t rank = palu_cuda_max32(p->k.rank_max, p->v.rank_max);
+    const int32_t pad  = (rank + 31)/32*32;
+    return (size_t) 32*(pad + 4)                  // codes of 32 cells
+         + 4*(size_t) 32*(p->k.head_dim + 1)      // their keys
+         + 4*(size_t) 8*p->k.head_dim             // 8 query rows
+         + 4*(size_t) 8*(32 + 8)                  // scores and sums
+         + 4*(size_t) 32*4                        // per cell
+         + 4*(size_t) 8*p->rank_stride;           // values summed as codes
+}
+
+// Words of a staged row: the span with what copying whole 16 bytes adds, 4 modulo 8 (then the reads of a warp hit
+// different banks).
+static inline int32_t palu_cuda_stage_words(const palu_cuda_side * s) {
+    const int32_t words = (s->row_span_max + 30)/16*4;
+    return (words + 3)/8*8 + 4;
+}
+
+// Score and value warpgroups of decode_sm90, from key channels/32.
+static inline int32_t palu_cuda_sm90_score(int32_t k_steps) { return k_steps <= 4 ? 3 : 2; }
+static inline int32_t palu_cuda_sm90_value(int32_t k_steps) { return k_steps <= 8 ? 2 : 1; }
+
+static inline size_t palu_cuda_sm90_smem(const palu_cuda_attn * p, int32_t k_steps) {
+    const int32_t hd = p->k.head_dim;
+    const size_t n_score = (size_t) palu_cuda_sm90_score(k_steps);
+    return (size_t) p->heads_per_cta*hd*k_steps*32   // decoder
+         + (size_t) hd/16*128*16                     // cos, sin
+         + n_score*hd/16*32*24                       // query fragments, per score warpgroup
+         + (size_t) 64*hd                            // query vectors
+         + n_score*64*p->k_stage_words*4             // key rows, per score warpgroup
+         + (size_t) palu_cuda_sm90_value(k_steps)*3*32*p->v_stage_words*4 + 64 // value rows
+         + n_score*(64*12 + 32)*4                    // scores
+         + (size_t) k_steps*4*16                     // segments
+         + 256;
+}
+
+#ifdef __cplusplus
+}
+#endif
