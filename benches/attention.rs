@@ -94,7 +94,11 @@ struct Model {
 
 /// Widths as water-filling leaves them at 14.1% of f16: about 4 bits per kept channel, the first channels most.
 fn bits(n: usize) -> Vec<u8> {
-    (0..n).map(|i| [7, 6, 6, 5, 5, 5, 4, 4, 4, 4, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1][i * 31 / n]).collect()
+    (0..n)
+        .map(|i| {
+            [7, 6, 6, 5, 5, 5, 4, 4, 4, 4, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1][i * 31 / n]
+        })
+        .collect()
 }
 
 impl Model {
@@ -130,8 +134,9 @@ impl Model {
 fn attend(pool: &Pool, model: &Model, n_token: usize, n_kv: usize) {
     let mut random = Random(3);
     let q: Vec<f32> = (0..n_token * N_HEAD * HEAD_DIM).map(|_| random.normal() as f32).collect();
-    let mask: Vec<f16> =
-        (0..n_token * n_kv).map(|i| if i % n_kv > n_kv - n_token + i / n_kv { f16::NEG_INFINITY } else { f16::ZERO }).collect();
+    let mask: Vec<f16> = (0..n_token * n_kv)
+        .map(|i| if i % n_kv > n_kv - n_token + i / n_kv { f16::NEG_INFINITY } else { f16::ZERO })
+        .collect();
     attend_with(pool, model, n_token, n_kv, &q, &mask);
 }
 
@@ -217,18 +222,25 @@ fn benchmarks(c: &mut Criterion) {
     let mut model = Model::new(8192);
     let name = |what: &str| format!("{what}, 8 layers, {} x{threads}", palu::attention::cpu_path());
     let mut group = c.benchmark_group("attention");
-    group.sample_size(20).measurement_time(std::time::Duration::from_secs(2)).warm_up_time(std::time::Duration::from_millis(500));
+    group
+        .sample_size(20)
+        .measurement_time(std::time::Duration::from_secs(2))
+        .warm_up_time(std::time::Duration::from_millis(500));
     for n_kv in [1536, 8192] {
         let q = vec![0.3f32; N_HEAD * HEAD_DIM];
         let mask = vec![f16::ZERO; n_kv];
-        group.bench_function(name(&format!("decode at {n_kv}")), |b| b.iter(|| attend_with(&pool, &model, 1, n_kv, &q, &mask)));
+        group.bench_function(name(&format!("decode at {n_kv}")), |b| {
+            b.iter(|| attend_with(&pool, &model, 1, n_kv, &q, &mask))
+        });
     }
     for n_kv in [512, 2048] {
         group.bench_function(name(&format!("prefill 512 at {n_kv}")), |b| b.iter(|| attend(&pool, &model, 512, n_kv)));
     }
     for n_token in [1, 512] {
         for side in [Side::Key, Side::Value] {
-            group.bench_function(name(&format!("store {n_token} {side:?}")), |b| b.iter(|| store(&pool, &mut model, side, n_token)));
+            group.bench_function(name(&format!("store {n_token} {side:?}")), |b| {
+                b.iter(|| store(&pool, &mut model, side, n_token))
+            });
         }
     }
     group.finish();

@@ -60,10 +60,7 @@ def cached(key, make):
 
 
 def number(pattern, text):
-    found = re.search(pattern + r"\s*:\s*(-?[0-9.]+)", text)
-    if not found:
-        sys.exit(f"demo: no '{pattern}' in llama-perplexity's output:\n{text[-2000:]}")
-    return float(found.group(1))
+    return float(re.search(pattern + r"\s*:\s*(-?[0-9.]+)", text).group(1))
 
 
 def perplexity(args, what):
@@ -72,7 +69,13 @@ def perplexity(args, what):
         partial = BASE.with_suffix(".partial")
         run([*common, "--kl-divergence-base", partial], "f16 reference logits")
         partial.rename(BASE)
-    text = run([*common, "--kl-divergence", "--kl-divergence-base", BASE, *args], f"{what}: divergence")
+    # llama.cpp's log is written by a thread of its own, and now and then its last lines are lost when the program ends
+    for _ in range(3):
+        text = run([*common, "--kl-divergence", "--kl-divergence-base", BASE, *args], f"{what}: divergence")
+        if "Minimum KLD" in text:
+            break
+    else:
+        sys.exit(f"demo: llama-perplexity printed no divergence:\n{text[-2000:]}")
     return {"ppl": number(r"Mean PPL\(Q\)", text), "kld": number(r"Mean\s+KLD", text), "kld999": number(r"99\.9%\s+KLD", text)}
 
 
@@ -84,7 +87,8 @@ def speed(args, what):
     return {"prefill": prefill[0]["avg_ts"], "decode": [r["avg_ts"] for r in decode]}
 
 
-def main():
+def convert():
+    """The bundled model's projection, made once."""
     OUT.mkdir(parents=True, exist_ok=True)
     budget = max(BUDGETS)
     made = OUT / "projection.key"
@@ -96,8 +100,17 @@ def main():
             sys.exit("demo: the conversion failed")
         made.write_text(key)
 
+
+def table(head, rows):
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    for row in [head, ["-" * w for w in widths], *rows]:
+        print("| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |")
+
+
+def main():
+    convert()
     inspect = lambda bits: json.loads(run([PALU, "inspect", PROJECTION, "--bits", bits, "--json"], f"palu at {bits} bits per value"))
-    f16 = inspect(budget)["f16_bytes_per_token"]
+    f16 = inspect(max(BUDGETS))["f16_bytes_per_token"]
     # (name, bytes per token, options of llama-perplexity and llama-bench)
     caches = [("f16", f16, [])]
     caches += [(t, f16 * block / 64, ["-ctk", t, "-ctv", t]) for t, block in (("q8_0", 34), ("q4_0", 18))]
@@ -114,9 +127,7 @@ def main():
                      f"{quality['kld999']:.4f}", f"{fast['prefill']:.0f}", f"{fast['decode'][0]:.0f}", f"{fast['decode'][1]:.0f}"])
     head = ["cache", "bytes/token", "of f16", "PPL", "mean KLD", "99.9% KLD", "prefill tok/s", "decode @0", f"decode @{DEPTH}"]
     print(f"\n{MODEL.name}: WikiText-2 test, -c 2048, 16 chunks; llama-bench with {THREADS} threads\n")
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    for row in [head, ["-" * w for w in widths], *rows]:
-        print("| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |")
+    table(head, rows)
 
     print(f"\nllama-completion on the compressed cache ({BUDGETS[0]:g} bits per value):\n")
     subprocess.run([str(c) for c in [BIN / "llama-completion", "-m", MODEL, "--palu", PROJECTION, "--palu-bits", BUDGETS[0],
@@ -126,4 +137,5 @@ def main():
     print()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -7,15 +7,23 @@
 //!   unpacked once, keys are rebuilt once per KV head, and values are summed as codes: u\[c\] = sum over cells of weight *
 //!   code\[c\]. A chunk leaves its largest score, its sums and u; [`AttnLayer::combine`] merges chunks and decodes u once
 //!   per head and query.
+//!   Where each KV head has one query, its keys are not even written down, and the rotated pairs that turn slowly are
+//!   scored together: in a window of [`WINDOW_TILES`] tiles, the query is rotated back to the window's middle and six
+//!   Chebyshev polynomials of the position carry the rest. That takes the place of half of the integer product (of more
+//!   with larger heads and RoPE bases), at an error below 1.1e-5 of the slow pairs' part of a score.
 //! - **Blocks** (many query tokens): a unit is a KV head and a block of query tokens. Each tile's keys and values are
 //!   rebuilt once for the block, and the rest is two float products with an online softmax between them.
 
 use crate::codec::{Codec, Decoder, StoreParams};
-use crate::kernels::generic::{FillTrig, FinishValue, Gemm, ProjectValue, RebuildKeys, RebuildValues, Softmax};
+use crate::kernels::generic::{
+    FillTrig, FinishValue, Gemm, Nodes, PairQuery, PlainQuery, PrepareNodes, ProjectValue, RebuildKeys, RebuildValues,
+    ScoreKeys, Softmax, NODE_ROWS, N_NODE, STRIP,
+};
 use crate::kernels::{self, dispatch, room, round_up, Aligned, Arena, Isa, PAD, TILE, TRIG_STRIDE};
 use crate::projection::{Group, Layer, Side, SideProj};
 use crate::rope::{Angles, RopeKind, RopeParams};
 use anyhow::{ensure, Result};
+use std::f32::consts::LOG2_E;
 use std::ptr::null;
 use std::sync::Arc;
 
@@ -63,10 +71,120 @@ pub struct AttnParams {
 pub struct AttnLayer {
     codecs: [Codec; 2],
     keys: Vec<KeyGroup>,
+    slow: Option<SlowKeys>,
     angles: Option<Arc<Angles>>,
     /// `[head_dim_k]`: which dimension of a head stands at each place of a rebuilt key: first halves of the rotated pairs, second
     /// halves, the rest
     order: Vec<usize>,
+    /// that order is the model's own
+    in_order: bool,
+}
+
+/// The slow pairs of all heads, and the dimensions that are not rotated, for scoring together; see [`PrepareNodes`].
+struct SlowKeys {
+    /// pairs before the first slow one, and slow ones
+    n_fast: usize,
+    n_pair: usize,
+    n_plain: usize,
+    /// `[N_NODE][pair_room]`
+    bessel: Vec<f32>,
+    groups: Vec<SlowGroup>,
+}
+
+/// With `n_dim` = 2*pair_room + plain_room: first halves of the slow pairs, second halves, dimensions that are not rotated,
+/// each padded to [`PAD`].
+struct SlowGroup {
+    /// `[n_head][n_dim/4][stride][4]`: bytes of the decoder + 128
+    dec: Aligned<u8>,
+    /// `[n_head][n_dim]` each
+    scale: Aligned<f32>,
+    mean: Aligned<f32>,
+    /// `[stride]`: 2^bits - 1
+    levels: Aligned<u8>,
+    limit: f32,
+}
+
+/// The Bessel function J_n(x), for small x, by its series.
+fn bessel(n: usize, x: f64) -> f64 {
+    let mut term = (1..=n).fold(1.0, |t, i| t * x / 2.0 / i as f64);
+    let mut sum = term;
+    for m in 1..20 {
+        term *= -(x / 2.0) * (x / 2.0) / (m as f64 * (m + n) as f64);
+        sum += term;
+    }
+    sum
+}
+
+impl SlowKeys {
+    /// `None` where it would not pay.
+    fn new(side: &SideProj, codec: &Codec, angles: Option<&Angles>, order: &[usize]) -> Option<Self> {
+        let frequency = angles.map_or(&[][..], |a| &a.frequency);
+        let slow = |f: &f64| f.abs() * f64::from(HALF_WINDOW) <= SLOW_PHASE;
+        let n_fast = frequency.iter().rposition(|f| !slow(f)).map_or(0, |last| last + 1);
+        let n_pair = frequency.len() - n_fast;
+        let n_plain = order.len() - 2 * frequency.len();
+        if codec.planes != 1 || 2 * n_pair + n_plain < SLOW_DIMS {
+            return None;
+        }
+        let pair_room = round_up(n_pair, PAD);
+        let mut table = vec![0.0; N_NODE * pair_room];
+        for j in 0..N_NODE {
+            for i in 0..n_pair {
+                let value = bessel(j, frequency[n_fast + i] * f64::from(HALF_WINDOW));
+                // cos: J_0 - 2 J_2 + 2 J_4, sin: 2 J_1 - 2 J_3 + 2 J_5
+                table[j * pair_room + i] =
+                    (value * if j == 0 { 1.0 } else { 2.0 } * if j % 4 >= 2 { -1.0 } else { 1.0 }) as f32;
+            }
+        }
+        let mut slow = Self { n_fast, n_pair, n_plain, bessel: table, groups: Vec::new() };
+        let n_dim = slow.n_dim();
+        // place among the slow dimensions, and place in a rebuilt key
+        let places: Vec<(usize, usize)> = (0..n_pair)
+            .flat_map(|i| [(i, n_fast + i), (pair_room + i, frequency.len() + n_fast + i)])
+            .chain((0..n_plain).map(|i| (2 * pair_room + i, 2 * frequency.len() + i)))
+            .collect();
+        for (group, codes) in side.groups.iter().zip(&codec.groups) {
+            let (rank, stride) = (group.rank, codes.plan.stride);
+            let decoder = Decoder::new(group, 1);
+            let mut dec = vec![128u8; group.n_head * n_dim * stride];
+            let (mut scale, mut mean) = (vec![0.0; group.n_head * n_dim], vec![0.0; group.n_head * n_dim]);
+            for head in 0..group.n_head {
+                for &(to, from) in &places {
+                    let from = head * side.head_dim + order[from];
+                    mean[head * n_dim + to] = side.mean[group.head0 * side.head_dim + from];
+                    if rank > 0 {
+                        scale[head * n_dim + to] = decoder.scale[from];
+                    }
+                    for c in 0..rank {
+                        let at = ((head * n_dim + to) / 4 * stride + c) * 4 + to % 4;
+                        dec[at] = decoder.byte(from, c, 0, 1).wrapping_add(-128) as u8;
+                    }
+                }
+            }
+            let mut levels = vec![0u8; stride];
+            for (level, half) in levels[..rank].iter_mut().zip(codes.half_levels()) {
+                *level = (2.0 * half) as u8;
+            }
+            let most: f32 = levels.iter().map(|&l| f32::from(l)).sum();
+            slow.groups.push(SlowGroup {
+                dec: Aligned::new(&dec),
+                scale: Aligned::new(&scale),
+                mean: Aligned::new(&mean),
+                levels: Aligned::new(&levels),
+                // sums of weight * level stay below 2^31
+                limit: (2.1e9 / most.max(1.0)).min(32512.0),
+            });
+        }
+        Some(slow)
+    }
+
+    fn pair_room(&self) -> usize {
+        round_up(self.n_pair, PAD)
+    }
+
+    fn n_dim(&self) -> usize {
+        2 * self.pair_room() + round_up(self.n_plain, PAD)
+    }
 }
 
 /// A head group's key decoder, dimensions in [`AttnLayer::order`].
@@ -112,6 +230,16 @@ impl KeyGroup {
     }
 }
 
+/// Cells on each side of the middle of a window of positions in which slow pairs are scored together.
+const HALF_WINDOW: i32 = 64;
+/// Tiles of a window.
+const WINDOW_TILES: usize = 2;
+/// Largest angle over half a window of a pair that counts as slow: [`N_NODE`] = 6 polynomials then leave out less than
+/// 2 J_6(0.8) = 1.1e-5 of what the fastest of these pairs adds to a score, and less of slower ones.
+const SLOW_PHASE: f64 = 0.8;
+/// Slow dimensions from which on scoring them together is faster: it costs [`NODE_ROWS`] rows and the preparation.
+const SLOW_DIMS: usize = 20;
+
 /// Query rows (tokens times query heads of a KV head) up to which the split schedule is the faster one: it spends rank
 /// multiplications per row, head and cell, the other one rank*head_dim/4 per head and cell and head_dim per row.
 const SPLIT_ROWS: usize = 16;
@@ -122,8 +250,6 @@ const MAX_CHUNKS: usize = 64;
 const TWO_TILES_FROM: usize = 16;
 /// Query rows of a block: what one rebuilt tile is shared by.
 const BLOCK_ROWS: usize = 256;
-/// Query rows whose scores are worked on at a time: [`Isa::GEMM_ROWS`] of the fast paths.
-const STRIP: usize = 6;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Schedule {
@@ -158,6 +284,17 @@ impl AttnParams {
 
     fn tile(&self, i: usize) -> Tile {
         Tile { first: i * TILE, n: TILE.min(self.n_kv - i * TILE) }
+    }
+
+    /// Key and value rows of a tile that will be read soon, and their bytes.
+    fn ahead(&self, layer: &AttnLayer, stream: usize, tile: usize) -> [(*const u8, usize); 2] {
+        let first = tile.saturating_mul(TILE);
+        let n = TILE.min(self.n_kv.saturating_sub(first));
+        let [k, v] = [layer.codecs[0].row_bytes, layer.codecs[1].row_bytes];
+        let rows = |rows: *const u8, nb_stream: usize, row: usize| {
+            (rows.wrapping_add(stream.wrapping_mul(nb_stream).wrapping_add(first.wrapping_mul(row))), n * row)
+        };
+        [rows(self.rows_k, self.rows_k_nb_stream, k), rows(self.rows_v, self.rows_v_nb_stream, v)]
     }
 
     /// Address of a token's mask at a tile, or null.
@@ -222,7 +359,13 @@ impl AttnLayer {
     /// Prepares a layer. Fails where `rope` does not fit the layer's heads.
     pub fn new(layer: &Layer, rope: &RopeParams) -> Result<Self> {
         let [k, v] = [layer.side(Side::Key), layer.side(Side::Value)];
-        ensure!(k.n_head_kv == v.n_head_kv, "layer {} has {} heads of keys and {} of values", layer.il, k.n_head_kv, v.n_head_kv);
+        ensure!(
+            k.n_head_kv == v.n_head_kv,
+            "layer {} has {} heads of keys and {} of values",
+            layer.il,
+            k.n_head_kv,
+            v.n_head_kv
+        );
         rope.check(k.head_dim)?;
         let mut order = Vec::with_capacity(k.head_dim);
         let mut angles = None;
@@ -235,7 +378,9 @@ impl AttnLayer {
         order.extend((0..k.head_dim).filter(|d| !order.contains(d)).collect::<Vec<_>>());
         let codecs = [Codec::new(k), Codec::new(v)];
         let keys = k.groups.iter().map(|g| KeyGroup::new(k, g, codecs[0].planes, &order)).collect();
-        Ok(Self { codecs, keys, angles, order })
+        let in_order = order.iter().copied().eq(0..k.head_dim);
+        let slow = SlowKeys::new(k, &codecs[0], angles.as_deref(), &order);
+        Ok(Self { codecs, keys, slow, angles, order, in_order })
     }
 
     pub fn codec(&self, side: Side) -> &Codec {
@@ -359,8 +504,16 @@ impl AttnLayer {
         }
     }
 
-    /// Angles of a tile's visible cells.
-    unsafe fn tile_angles<I: Isa>(&self, p: &AttnParams, stream: usize, tile: Tile, visible: u64, s: &TileScratch) {
+    /// Angles of a tile's visible cells, for the first `n_pair` pairs.
+    unsafe fn tile_angles<I: Isa>(
+        &self,
+        p: &AttnParams,
+        stream: usize,
+        tile: Tile,
+        visible: u64,
+        n_pair: usize,
+        s: &TileScratch,
+    ) {
         let Some(angles) = &self.angles else { return };
         let n = angles.n_pair;
         // SAFETY: within the positions and the scratch
@@ -377,12 +530,13 @@ impl AttnLayer {
                 // a run of consecutive positions; hidden cells inside it do not end it
                 let first = i64::from(*pos.add(t));
                 let mut end = t + 1;
-                while end < tile.n && (visible >> end & 1 == 0 || i64::from(*pos.add(end)) == first + (end - t) as i64) {
+                while end < tile.n && (visible >> end & 1 == 0 || i64::from(*pos.add(end)) == first + (end - t) as i64)
+                {
                     end += 1;
                 }
                 angles.at(first, base_cos, base_sin);
                 I::fill_trig(&FillTrig {
-                    n_pair: n,
+                    n_pair: n.min(n_pair),
                     n: end - t,
                     base_cos: s.base_cos,
                     base_sin: s.base_sin,
@@ -397,7 +551,15 @@ impl AttnLayer {
     }
 
     /// Codes and scales of a key group's cells, cells as lanes.
-    unsafe fn key_codes<I: Isa>(&self, p: &AttnParams, group: usize, stream: usize, tile: Tile, visible: u64, s: &TileScratch) {
+    unsafe fn key_codes<I: Isa>(
+        &self,
+        p: &AttnParams,
+        group: usize,
+        stream: usize,
+        tile: Tile,
+        visible: u64,
+        s: &TileScratch,
+    ) {
         let codec = &self.codecs[0];
         let plan = &codec.groups[group].plan;
         // SAFETY: visible cells are within the stream's rows
@@ -411,10 +573,9 @@ impl AttnLayer {
     /// Rotated keys of one KV head.
     unsafe fn head_keys<I: Isa>(&self, head: usize, s: &TileScratch) {
         let codec = &self.codecs[0];
-        let index = codec.group_of_head[head];
-        let (group, keys) = (&codec.groups[index], &self.keys[index]);
+        let group = &codec.groups[codec.group_of_head[head]];
+        let (keys, at) = self.key_head(head);
         let (n, rank) = (codec.head_dim, group.plan.rank);
-        let at = (head - group.head0) * n;
         // SAFETY: the group's constants cover the head
         unsafe {
             I::rebuild_keys(&RebuildKeys {
@@ -437,13 +598,20 @@ impl AttnLayer {
         }
     }
 
-    /// A query in [`AttnLayer::order`], times the score's scale.
+    /// A query in [`AttnLayer::order`], times the score's scale, and in units of ln 2.
     unsafe fn load_query(&self, p: &AttnParams, stream: usize, token: usize, head: usize, out: *mut f32) {
         // SAFETY: within the queries
         unsafe {
             let q = p.q.byte_add(stream * p.q_nb_stream + token * p.q_nb_token + head * p.q_nb_head);
-            for (i, &d) in self.order.iter().enumerate() {
-                *out.add(i) = *q.add(d) * p.scale;
+            let scale = p.scale * LOG2_E;
+            if self.in_order {
+                for i in 0..self.order.len() {
+                    *out.add(i) = *q.add(i) * scale;
+                }
+            } else {
+                for (i, &d) in self.order.iter().enumerate() {
+                    *out.add(i) = *q.add(d) * scale;
+                }
             }
         }
     }
@@ -457,6 +625,8 @@ impl AttnLayer {
         let head_dim = self.order.len();
         let row = self.partial_row();
         let n_group = self.codecs[1].groups.len();
+        let (n_kv, stride) = (self.codecs[0].n_head_kv, self.codecs[0].stride);
+        let n_dim = self.slow.as_ref().map_or(0, SlowKeys::n_dim);
         let bytes = self.tile_room()
             + self.merge_room()
             + room::<f32>(n_row * head_dim)
@@ -464,7 +634,16 @@ impl AttnLayer {
             + room::<f32>(p.n_token * TILE)
             + room::<f32>(n_group * TILE)
             + 2 * room::<f32>(n_row * PAD)
-            + 2 * room::<f32>(n_row)
+            + 3 * room::<f32>(n_row)
+            + room::<*const f32>(n_row)
+            + room::<PairQuery>(n_kv * head_dim / 2)
+            + room::<PlainQuery>(n_kv * head_dim)
+            + room::<i8>(n_kv * NODE_ROWS * stride)
+            + 4 * room::<f32>(n_kv * N_NODE)
+            + room::<f32>(N_NODE * TILE)
+            + room::<f32>(N_NODE * n_dim)
+            + room::<i8>(2 * N_NODE * n_dim)
+            + room::<f32>(N_NODE * stride)
             + if n_chunk == 1 { room::<f32>(n_row * row) } else { 0 };
         Arena::with(bytes, |arena| {
             let s = SplitScratch {
@@ -477,6 +656,19 @@ impl AttnLayer {
                 sum_weight: arena.take(n_row * PAD),
                 max: arena.take(n_row),
                 alpha: arena.take(n_row),
+                slope: arena.take(n_row),
+                row_mask: arena.take(n_row),
+                pairs: arena.take(n_kv * head_dim / 2),
+                plain: arena.take(n_kv * head_dim),
+                nodes: arena.take(n_kv * NODE_ROWS * stride),
+                node_scale: arena.take(n_kv * N_NODE),
+                node_init: arena.take(n_kv * N_NODE),
+                node_offset: arena.take(n_kv * N_NODE),
+                node_mean: arena.take(n_kv * N_NODE),
+                basis: arena.take(N_NODE * TILE),
+                coefficient: arena.take(N_NODE * n_dim),
+                coefficient_bytes: arena.take(2 * N_NODE * n_dim),
+                node_weight: arena.take(N_NODE * stride),
             };
             let merge = self.take_merge(arena);
             let own: *mut f32 = if n_chunk == 1 { arena.take(n_row * row) } else { std::ptr::null_mut() };
@@ -490,12 +682,17 @@ impl AttnLayer {
                         for r in 0..n_row {
                             let (token, head) = self.row(p, r);
                             self.load_query(p, stream, token, head, s.q.add(r * head_dim));
+                            *s.slope.add(r) = slope(p.max_bias, p.n_head, head);
+                            if self.is_fused(p) {
+                                self.load_pair_query(head, s.q.add(r * head_dim), &s);
+                            }
                         }
                     }
                     let partial = if n_chunk == 1 { own } else { p.partial.add(unit * n_row * row) };
                     let first = chunk * tiles_per_chunk;
                     let last = (first + tiles_per_chunk).min(p.n_kv.div_ceil(TILE));
-                    self.split_chunk::<I>(p, stream, first..last, partial, &s);
+                    let next = (chunk + nth) * tiles_per_chunk;
+                    self.split_chunk::<I>(p, stream, first..last, next, partial, &s);
                     if n_chunk == 1 {
                         for r in 0..n_row {
                             self.merge_chunks::<I>(p, stream, r, own.add(r * row), 0, 1, merge);
@@ -512,11 +709,169 @@ impl AttnLayer {
         (r / rep % p.n_token, r / (rep * p.n_token) * rep + r % rep)
     }
 
+    /// Whether each KV head has one query, so that its keys are used once and need not be written down.
+    fn is_fused(&self, p: &AttnParams) -> bool {
+        p.n_head * p.n_token == self.codecs[0].n_head_kv && self.codecs[0].planes == 1
+    }
+
+    /// A head's query as [`ScoreKeys`] takes it.
+    unsafe fn load_pair_query(&self, head: usize, q: *const f32, s: &SplitScratch) {
+        let n_pair = self.angles.as_ref().map_or(0, |a| a.n_pair);
+        let (keys, at) = self.key_head(head);
+        let n_plain = self.order.len() - 2 * n_pair;
+        // SAFETY: the group's constants cover the head, the scratch has room for all heads
+        unsafe {
+            for i in 0..n_pair {
+                let (a, b) = (at + i, at + i + n_pair);
+                let (qa, qb) = (*q.add(i), *q.add(i + n_pair));
+                let (scale_a, scale_b) = (*keys.scale.at(a), *keys.scale.at(b));
+                let (half_a, half_b) = (*keys.half.at(a), *keys.half.at(b));
+                let (mean_a, mean_b) = (*keys.mean.at(a), *keys.mean.at(b));
+                let (xa, xb, ya, yb) = (qa * scale_a, qb * scale_b, qb * scale_a, -qa * scale_b);
+                s.pairs.add(head * n_pair + i).write(PairQuery {
+                    xa,
+                    xb,
+                    x0: xa * half_a + xb * half_b,
+                    ya,
+                    yb,
+                    y0: ya * half_a + yb * half_b,
+                    mean_x: qa * mean_a + qb * mean_b,
+                    mean_y: qb * mean_a - qa * mean_b,
+                });
+            }
+            for i in 0..n_plain {
+                let (q, at) = (*q.add(2 * n_pair + i), at + 2 * n_pair + i);
+                let x = q * *keys.scale.at(at);
+                s.plain.add(head * n_plain + i).write(PlainQuery {
+                    x,
+                    x0: x * *keys.half.at(at),
+                    mean: q * *keys.mean.at(at),
+                });
+            }
+        }
+    }
+
+    /// Decoder of a head's keys, and where its dimensions begin there.
+    fn key_head(&self, head: usize) -> (&KeyGroup, usize) {
+        let group = self.codecs[0].group_of_head[head];
+        (&self.keys[group], (head - self.codecs[0].groups[group].head0) * self.order.len())
+    }
+
+    /// Makes ready to score slow pairs together in a window, whose tiles' visible cells are given, for every head's one
+    /// query. Returns the window's middle, or `None` where its positions are too far apart.
+    unsafe fn open_window<I: Isa>(
+        &self,
+        p: &AttnParams,
+        stream: usize,
+        tiles: &[(Tile, u64)],
+        s: &SplitScratch,
+    ) -> Option<i32> {
+        let slow = self.slow.as_ref()?;
+        let (mut least, mut most) = (i32::MAX, i32::MIN);
+        for &(tile, visible) in tiles {
+            for t in (0..tile.n).filter(|t| visible >> t & 1 == 1) {
+                // SAFETY: within the positions
+                let pos = unsafe { *p.pos.add(stream * p.n_kv + tile.first + t) };
+                (least, most) = (least.min(pos), most.max(pos));
+            }
+        }
+        if most < least || i64::from(most) - i64::from(least) > i64::from(2 * HALF_WINDOW) {
+            return None;
+        }
+        let middle = least + (most - least) / 2;
+        let n_pair = slow.n_fast + slow.n_pair;
+        // SAFETY: the scratch has room for the angles and for all heads
+        unsafe {
+            if let Some(angles) = &self.angles {
+                let cos = std::slice::from_raw_parts_mut(s.tile.base_cos, n_pair);
+                let sin = std::slice::from_raw_parts_mut(s.tile.base_sin, n_pair);
+                angles.at(i64::from(middle), cos, sin);
+                cos.iter_mut().chain(sin).for_each(|x| *x *= angles.magnitude);
+            }
+            for head in 0..self.codecs[0].n_head_kv {
+                let index = self.codecs[0].group_of_head[head];
+                let group = &slow.groups[index];
+                let (n_dim, stride) = (slow.n_dim(), self.codecs[0].groups[index].plan.stride);
+                let at = (head - self.codecs[0].groups[index].head0) * n_dim;
+                let q = s.q.add(head * self.order.len());
+                I::prepare_nodes(&PrepareNodes {
+                    n_pair: slow.n_pair,
+                    n_plain: slow.n_plain,
+                    pair_room: slow.pair_room(),
+                    plain_room: round_up(slow.n_plain, PAD),
+                    qa: q.add(slow.n_fast),
+                    qb: q.add(n_pair + slow.n_fast),
+                    q_plain: q.add(2 * n_pair),
+                    cos: s.tile.base_cos.add(slow.n_fast),
+                    sin: s.tile.base_sin.add(slow.n_fast),
+                    bessel: slow.bessel.as_ptr(),
+                    scale: group.scale.at(at),
+                    mean: group.mean.at(at),
+                    dec: group.dec.at(at * stride),
+                    levels: group.levels.at(0),
+                    limit: group.limit,
+                    coefficient: s.coefficient,
+                    coefficient_bytes: s.coefficient_bytes,
+                    weight: s.node_weight,
+                    out: &self.nodes(head, s),
+                });
+            }
+        }
+        Some(middle)
+    }
+
+    fn nodes(&self, head: usize, s: &SplitScratch) -> Nodes {
+        let stride = self.codecs[0].stride;
+        let at = head * N_NODE;
+        let own = self.codecs[0].groups[self.codecs[0].group_of_head[head]].plan.stride;
+        Nodes {
+            weight: s.nodes.wrapping_add(head * NODE_ROWS * stride),
+            stride: own,
+            scale: s.node_scale.wrapping_add(at),
+            init: s.node_init.wrapping_add(at),
+            offset: s.node_offset.wrapping_add(at),
+            mean: s.node_mean.wrapping_add(at),
+            basis: s.basis,
+        }
+    }
+
+    /// Scores of a tile for a head's one query. `window`: a window is open.
+    unsafe fn score_head<I: Isa>(&self, head: usize, window: bool, s: &SplitScratch, out: *mut f32) {
+        let codec = &self.codecs[0];
+        let group = &codec.groups[codec.group_of_head[head]];
+        let (keys, at) = self.key_head(head);
+        let n_pair = self.angles.as_ref().map_or(0, |a| a.n_pair);
+        let n_plain = codec.head_dim - 2 * n_pair;
+        let nodes = self.nodes(head, s);
+        let slow = self.slow.as_ref().filter(|_| window);
+        // SAFETY: the group's constants and the scratch cover the head
+        unsafe {
+            I::score_keys(&ScoreKeys {
+                n_pair: slow.map_or(n_pair, |s| s.n_fast),
+                pair_stride: n_pair,
+                n_plain: if window { 0 } else { n_plain },
+                nodes: if window { &nodes } else { null() },
+                k4: group.plan.rank / 4,
+                wide: group.wide,
+                codes: s.tile.codes_t,
+                dec: keys.dec.at(at * group.plan.rank),
+                init: keys.init.at(at),
+                pairs: s.pairs.add(head * n_pair),
+                plain: s.plain.add(head * n_plain),
+                cos: s.tile.cos,
+                sin: s.tile.sin,
+                cell_scale: s.tile.key_scale,
+                out,
+            });
+        }
+    }
+
     unsafe fn split_chunk<I: Isa>(
         &self,
         p: &AttnParams,
         stream: usize,
         tiles: std::ops::Range<usize>,
+        next: usize,
         partial: *mut f32,
         s: &SplitScratch,
     ) {
@@ -525,6 +880,7 @@ impl AttnLayer {
         let rows_per_kv = n_row / keys.n_head_kv;
         let head_dim = keys.head_dim;
         let row = self.partial_row();
+        let fused = self.is_fused(p);
         // SAFETY: as the shapes of the scratch say; the caller vouches for `p`
         unsafe {
             std::ptr::write_bytes(s.sum, 0, n_row * PAD);
@@ -533,81 +889,112 @@ impl AttnLayer {
                 *s.max.add(r) = f32::NEG_INFINITY;
             }
             let mut first = true;
-            for i in tiles {
-                let tile = p.tile(i);
-                let (mut visible, mut masked) = (0, false);
-                for token in 0..p.n_token {
-                    let (v, other) = p.visible::<I>(stream, token, tile);
-                    visible |= v;
-                    masked |= other | (v != u64::MAX);
-                }
-                if visible == 0 {
-                    continue;
-                }
-                if masked {
+            for begin in tiles.clone().step_by(WINDOW_TILES) {
+                let mut window = [(Tile { first: 0, n: 0 }, 0, false); WINDOW_TILES];
+                let n_tile = WINDOW_TILES.min(tiles.end - begin);
+                for (i, (tile, visible, masked)) in window[..n_tile].iter_mut().enumerate() {
+                    *tile = p.tile(begin + i);
                     for token in 0..p.n_token {
-                        p.load_mask::<I>(stream, token, tile, s.mask.add(token * TILE));
+                        let (v, other) = p.visible::<I>(stream, token, *tile);
+                        *visible |= v;
+                        *masked |= other | (v != u64::MAX);
                     }
                 }
-                if first {
-                    for r in 0..n_row {
-                        std::ptr::write_bytes(partial.add(r * row + PAD), 0, values.stride);
+                let middle =
+                    if fused { self.open_window::<I>(p, stream, &window.map(|w| (w.0, w.1)), s) } else { None };
+                for (i, &(tile, visible, masked)) in window[..n_tile].iter().enumerate() {
+                    if visible == 0 {
+                        continue;
                     }
-                    first = false;
-                }
+                    if masked {
+                        for token in 0..p.n_token {
+                            p.load_mask::<I>(stream, token, tile, s.mask.add(token * TILE));
+                        }
+                    }
+                    if first {
+                        for r in 0..n_row {
+                            std::ptr::write_bytes(partial.add(r * row + PAD), 0, values.stride);
+                        }
+                        first = false;
+                    }
+                    if let Some(middle) = middle {
+                        I::fill_basis(
+                            p.pos.add(stream * p.n_kv + tile.first),
+                            tile.n,
+                            middle,
+                            HALF_WINDOW as f32,
+                            s.basis,
+                        );
+                    }
+                    let n_pair = match (&self.slow, middle) {
+                        (Some(slow), Some(_)) => slow.n_fast,
+                        _ => usize::MAX,
+                    };
+                    self.tile_angles::<I>(p, stream, tile, visible, n_pair, &s.tile);
+                    let ahead = p.ahead(self, stream, if begin + i + 1 < tiles.end { begin + i + 1 } else { next });
+                    for (g, group) in keys.groups.iter().enumerate() {
+                        self.key_codes::<I>(p, g, stream, tile, visible, &s.tile);
+                        for head in group.head0..group.head0 + group.n_head {
+                            // the next tile's rows, a head's share of them at a time
+                            for (rows, bytes) in ahead {
+                                let share = bytes.div_ceil(keys.n_head_kv).next_multiple_of(64);
+                                let at = (head * share).min(bytes);
+                                kernels::prefetch(rows.wrapping_add(at), share.min(bytes - at));
+                            }
+                            let r = head * rows_per_kv;
+                            if fused {
+                                self.score_head::<I>(head, middle.is_some(), s, s.scores.add(r * TILE));
+                                continue;
+                            }
+                            self.head_keys::<I>(head, &s.tile);
+                            I::gemm_f32(&Gemm {
+                                m: rows_per_kv,
+                                n: TILE,
+                                k: head_dim,
+                                a: s.q.add(r * head_dim),
+                                lda: head_dim,
+                                b: s.tile.keys,
+                                ldb: TILE,
+                                c: s.scores.add(r * TILE),
+                                ldc: TILE,
+                                alpha: null(),
+                            });
+                        }
+                    }
 
-                self.tile_angles::<I>(p, stream, tile, visible, &s.tile);
-                for (g, group) in keys.groups.iter().enumerate() {
-                    self.key_codes::<I>(p, g, stream, tile, visible, &s.tile);
-                    for head in group.head0..group.head0 + group.n_head {
-                        self.head_keys::<I>(head, &s.tile);
-                        let r = head * rows_per_kv;
-                        I::gemm_f32(&Gemm {
-                            m: rows_per_kv,
-                            n: TILE,
-                            k: head_dim,
-                            a: s.q.add(r * head_dim),
-                            lda: head_dim,
-                            b: s.tile.keys,
-                            ldb: TILE,
-                            c: s.scores.add(r * TILE),
-                            ldc: TILE,
-                            alpha: null(),
-                        });
-                    }
-                }
-
-                for (g, group) in values.groups.iter().enumerate() {
-                    let scales = s.value_scale.add(g * TILE);
-                    let rows = p.rows_v.add(stream * p.rows_v_nb_stream + tile.first * values.row_bytes);
-                    I::unpack(&group.plan, rows, values.row_bytes, visible, s.tile.codes, scales);
-                    let (begin, n) = (group.head0 * rows_per_kv, group.n_head * rows_per_kv);
-                    for r in begin..begin + n {
-                        let (token, head) = self.row(p, r);
-                        *s.max.add(r) = I::softmax(&Softmax {
-                            s: s.scores.add(r * TILE),
-                            mask: if masked { s.mask.add(token * TILE) } else { null() },
-                            slope: slope(p.max_bias, p.n_head, head),
+                    for (g, group) in values.groups.iter().enumerate() {
+                        let scales = s.value_scale.add(g * TILE);
+                        let rows = p.rows_v.add(stream * p.rows_v_nb_stream + tile.first * values.row_bytes);
+                        I::unpack(&group.plan, rows, values.row_bytes, visible, s.tile.codes, scales);
+                        let (begin, n) = (group.head0 * rows_per_kv, group.n_head * rows_per_kv);
+                        for r in begin..begin + n {
+                            *s.row_mask.add(r) = if masked { s.mask.add(self.row(p, r).0 * TILE) } else { null() };
+                        }
+                        I::softmax(&Softmax {
+                            n,
+                            s: s.scores.add(begin * TILE),
+                            mask: s.row_mask.add(begin),
+                            slope: s.slope.add(begin),
                             softcap: p.softcap,
                             value_scale: scales,
-                            max: *s.max.add(r),
-                            sum: s.sum.add(r * PAD),
-                            sum_weight: s.sum_weight.add(r * PAD),
-                            alpha: s.alpha.add(r),
+                            max: s.max.add(begin),
+                            sum: s.sum.add(begin * PAD),
+                            sum_weight: s.sum_weight.add(begin * PAD),
+                            alpha: s.alpha.add(begin),
+                        });
+                        I::gemm_u8(&Gemm {
+                            m: n,
+                            n: round_up(group.plan.rank, PAD),
+                            k: TILE,
+                            a: s.scores.add(begin * TILE),
+                            lda: TILE,
+                            b: s.tile.codes,
+                            ldb: group.plan.stride,
+                            c: partial.add(begin * row + PAD),
+                            ldc: row,
+                            alpha: s.alpha.add(begin),
                         });
                     }
-                    I::gemm_u8(&Gemm {
-                        m: n,
-                        n: round_up(group.plan.rank, PAD),
-                        k: TILE,
-                        a: s.scores.add(begin * TILE),
-                        lda: TILE,
-                        b: s.tile.codes,
-                        ldb: group.plan.stride,
-                        c: partial.add(begin * row + PAD),
-                        ldc: row,
-                        alpha: s.alpha.add(begin),
-                    });
                 }
             }
             for r in 0..n_row {
@@ -645,7 +1032,7 @@ impl AttnLayer {
         let group = &codec.groups[codec.group_of_head[kv]];
         // SAFETY: as the shapes of scratch and partial results say
         unsafe {
-            let sink = if p.sinks.is_null() { f32::NEG_INFINITY } else { *p.sinks.add(head) };
+            let sink = if p.sinks.is_null() { f32::NEG_INFINITY } else { LOG2_E * *p.sinks.add(head) };
             let max = (0..n_chunk).fold(sink, |max, c| max.max(*partial.add(c * step)));
             let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
             let n = round_up(group.plan.rank, PAD);
@@ -656,12 +1043,12 @@ impl AttnLayer {
                 if *part.add(1) == 0.0 {
                     continue; // nothing visible: the sum of codes was not written
                 }
-                let w = (*part - base).exp();
+                let w = (*part - base).exp2();
                 sum += w * *part.add(1);
                 sum_weight += w * *part.add(2);
                 I::merge(latent, part.add(PAD), w, n);
             }
-            let total = sum + (sink - base).exp();
+            let total = sum + (sink - base).exp2();
             let out = p.out.add(((stream * p.n_token + token) * p.n_head + head) * codec.head_dim);
             if total == 0.0 {
                 std::ptr::write_bytes(out, 0, codec.head_dim);
@@ -706,8 +1093,8 @@ impl AttnLayer {
             + room::<f32>(n_row * keys.head_dim)
             + room::<f32>(n_row * values.dim)
             + room::<f32>(TILE * values.dim)
-            + room::<f32>(STRIP * TILE)
-            + 2 * room::<f32>(TILE)
+            + 2 * room::<f32>(STRIP * TILE)
+            + room::<f32>(TILE)
             + 2 * room::<f32>(n_row * PAD)
             + room::<f32>(n_row)
             + room::<f32>(STRIP)
@@ -719,7 +1106,7 @@ impl AttnLayer {
                 out: arena.take(n_row * values.dim),
                 values: arena.take(TILE * values.dim),
                 scores: arena.take(STRIP * TILE),
-                mask: arena.take(TILE),
+                mask: arena.take(STRIP * TILE),
                 value_scale: arena.take(TILE),
                 sum: arena.take(n_row * PAD),
                 sum_weight: arena.take(n_row * PAD),
@@ -738,7 +1125,14 @@ impl AttnLayer {
         });
     }
 
-    unsafe fn block<I: Isa>(&self, p: &AttnParams, stream: usize, kv: usize, tokens: std::ops::Range<usize>, s: &BlockScratch) {
+    unsafe fn block<I: Isa>(
+        &self,
+        p: &AttnParams,
+        stream: usize,
+        kv: usize,
+        tokens: std::ops::Range<usize>,
+        s: &BlockScratch,
+    ) {
         let [keys, values] = &self.codecs;
         let rep = p.heads_per_kv(self);
         let n_row = tokens.len() * rep;
@@ -766,7 +1160,7 @@ impl AttnLayer {
                 if visible == 0 {
                     continue;
                 }
-                self.tile_angles::<I>(p, stream, tile, visible, &s.tile);
+                self.tile_angles::<I>(p, stream, tile, visible, usize::MAX, &s.tile);
                 self.key_codes::<I>(p, key_group, stream, tile, visible, &s.tile);
                 self.head_keys::<I>(kv, &s.tile);
                 let rows = p.rows_v.add(stream * p.rows_v_nb_stream + tile.first * values.row_bytes);
@@ -785,7 +1179,6 @@ impl AttnLayer {
                     out_stride: values.dim,
                 });
 
-                let mut masked_token = usize::MAX;
                 for r in (0..n_row).step_by(STRIP) {
                     let n = STRIP.min(n_row - r);
                     if (r / rep..=(r + n - 1) / rep).all(|t| (*s.visible.add(t)).0 == 0) {
@@ -803,26 +1196,32 @@ impl AttnLayer {
                         ldc: TILE,
                         alpha: null(),
                     });
+                    let mut row_mask = [null(); STRIP];
+                    let mut slopes = [0.0; STRIP];
                     for j in 0..n {
-                        let (r, t) = (r + j, (r + j) / rep);
+                        let t = (r + j) / rep;
                         let (visible, other) = *s.visible.add(t);
-                        let masked = other || visible != u64::MAX;
-                        if masked && masked_token != t {
-                            masked_token = t;
-                            p.load_mask::<I>(stream, tokens.start + t, tile, s.mask);
+                        if other || visible != u64::MAX {
+                            let mask = s.mask.add(t % STRIP * TILE);
+                            if j == 0 || t != (r + j - 1) / rep {
+                                p.load_mask::<I>(stream, tokens.start + t, tile, mask);
+                            }
+                            row_mask[j] = mask.cast_const();
                         }
-                        *s.max.add(r) = I::softmax(&Softmax {
-                            s: s.scores.add(j * TILE),
-                            mask: if masked { s.mask } else { null() },
-                            slope: slope(p.max_bias, p.n_head, kv * rep + r % rep),
-                            softcap: p.softcap,
-                            value_scale: s.value_scale,
-                            max: *s.max.add(r),
-                            sum: s.sum.add(r * PAD),
-                            sum_weight: s.sum_weight.add(r * PAD),
-                            alpha: s.alpha.add(j),
-                        });
+                        slopes[j] = slope(p.max_bias, p.n_head, kv * rep + (r + j) % rep);
                     }
+                    I::softmax(&Softmax {
+                        n,
+                        s: s.scores,
+                        mask: row_mask.as_ptr(),
+                        slope: slopes.as_ptr(),
+                        softcap: p.softcap,
+                        value_scale: s.value_scale,
+                        max: s.max.add(r),
+                        sum: s.sum.add(r * PAD),
+                        sum_weight: s.sum_weight.add(r * PAD),
+                        alpha: s.alpha,
+                    });
                     I::gemm_f32(&Gemm {
                         m: n,
                         n: values.dim,
@@ -842,11 +1241,11 @@ impl AttnLayer {
                 let (token, head) = (tokens.start + r / rep, kv * rep + r % rep);
                 let out = p.out.add(((stream * p.n_token + token) * p.n_head + head) * values.head_dim);
                 let (sum, weight) = (lanes(s.sum.add(r * PAD)), lanes(s.sum_weight.add(r * PAD)));
-                let sink = if p.sinks.is_null() { f32::NEG_INFINITY } else { *p.sinks.add(head) };
+                let sink = if p.sinks.is_null() { f32::NEG_INFINITY } else { LOG2_E * *p.sinks.add(head) };
                 let max = sink.max(*s.max.add(r));
                 let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
-                let shrink = (*s.max.add(r) - base).exp();
-                let total = if sum == 0.0 { 0.0 } else { sum * shrink } + (sink - base).exp();
+                let shrink = (*s.max.add(r) - base).exp2();
+                let total = if sum == 0.0 { 0.0 } else { sum * shrink } + (sink - base).exp2();
                 if total == 0.0 || sum == 0.0 {
                     std::ptr::write_bytes(out, 0, values.head_dim);
                     continue;
@@ -889,6 +1288,23 @@ struct SplitScratch {
     /// `[n_row]` each
     max: *mut f32,
     alpha: *mut f32,
+    slope: *mut f32,
+    row_mask: *mut *const f32,
+    /// `[n_head_kv][n_pair]` and `[n_head_kv][head_dim_k - 2*n_pair]`, where each KV head has one query
+    pairs: *mut PairQuery,
+    plain: *mut PlainQuery,
+    /// nodes of every KV head: `[n_head_kv][NODE_ROWS][stride]`, and `[n_head_kv][N_NODE]` each
+    nodes: *mut i8,
+    node_scale: *mut f32,
+    node_init: *mut i32,
+    node_offset: *mut f32,
+    node_mean: *mut f32,
+    /// `[N_NODE][TILE]`
+    basis: *mut f32,
+    /// `[N_NODE][n_dim]`, `[2][N_NODE][n_dim]`, `[N_NODE][stride]`
+    coefficient: *mut f32,
+    coefficient_bytes: *mut i8,
+    node_weight: *mut f32,
 }
 
 struct BlockScratch {
@@ -901,8 +1317,9 @@ struct BlockScratch {
     values: *mut f32,
     /// `[STRIP][TILE]`
     scores: *mut f32,
-    /// `[TILE]` each
+    /// `[STRIP][TILE]`: masks of the tokens of a strip, token t in row t % STRIP
     mask: *mut f32,
+    /// `[TILE]`
     value_scale: *mut f32,
     /// `[n_row][PAD]` each
     sum: *mut f32,

@@ -44,7 +44,8 @@ impl Decoder {
         let levels = |c: usize| f64::from((1u32 << group.bits[c / SEGMENT]) - 1);
         let mut decoder = Self { rank, weight: Vec::with_capacity(d * rank), scale: Vec::new(), offset2: Vec::new() };
         for i in 0..d {
-            let column: Vec<f64> = (0..rank).map(|c| f64::from(group.dec[c * d + i]) * f64::from(group.step[c])).collect();
+            let column: Vec<f64> =
+                (0..rank).map(|c| f64::from(group.dec[c * d + i]) * f64::from(group.step[c])).collect();
             let top = column.iter().fold(0.0f64, |top, x| top.max(x.abs()));
             let scale = if planes == 1 {
                 top / 127.0
@@ -60,7 +61,8 @@ impl Decoder {
                 _ => 0,
             }));
             decoder.scale.push(scale);
-            let offset2 = decoder.weight[start..].iter().enumerate().map(|(c, &w)| i64::from(w) * levels(c) as i64).sum::<i64>();
+            let offset2 =
+                decoder.weight[start..].iter().enumerate().map(|(c, &w)| i64::from(w) * levels(c) as i64).sum::<i64>();
             decoder.offset2.push(-offset2);
         }
         decoder
@@ -163,7 +165,8 @@ impl GroupCodec {
                 enc[(c / BLOCK * d + i) * BLOCK + c % BLOCK] = group.enc[c * d + i].to_bits();
             }
         }
-        let padded = |f: &dyn Fn(usize) -> f32| (0..stride).map(|c| if c < rank { f(c) } else { 0.0 }).collect::<Vec<f32>>();
+        let padded =
+            |f: &dyn Fn(usize) -> f32| (0..stride).map(|c| if c < rank { f(c) } else { 0.0 }).collect::<Vec<f32>>();
 
         let decoder = Decoder::new(group, planes);
         let mut dec = vec![0i8; group.n_head * planes * rank * dim];
@@ -333,7 +336,8 @@ impl Codec {
         let n = round_up(group.plan.rank, PAD);
         // SAFETY: the group's constants and the buffers hold `n` values
         unsafe {
-            let widest = if finite { I::normalize(n, z, group.inverse_step.as_ptr(), group.half.as_ptr()) } else { f32::NAN };
+            let widest =
+                if finite { I::normalize(n, z, group.inverse_step.as_ptr(), group.half.as_ptr()) } else { f32::NAN };
             let mut q = Quantize { n, y: z, half: group.half.as_ptr(), weight: group.weight.as_ptr(), scale: 0.0 };
             let (mut best, mut least, mut worse) = (0.0, f32::INFINITY, 0);
             let mut scale = widest.min(f16::MAX.to_f32());
@@ -368,7 +372,7 @@ impl Codec {
                 }
                 step = step.sqrt();
             }
-            if !(best > 0.0) {
+            if best.is_nan() || best == 0.0 {
                 std::ptr::write_bytes(b.codes, 0, group.plan.stride);
                 return (best, b.codes);
             }

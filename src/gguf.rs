@@ -218,6 +218,11 @@ impl<'a> Reader<'a> {
         self.tensors.get(name).map(|t| t.shape.as_slice())
     }
 
+    /// Where a tensor's data begins in the file, of whatever type it is.
+    pub fn start(&self, name: &str) -> Option<usize> {
+        self.tensors.get(name).map(|t| t.start)
+    }
+
     fn tensor(&self, name: &str, kind: TensorType, n: usize) -> Result<&'a [u8]> {
         let t = self.tensors.get(name).with_context(|| format!("tensor {name} is missing"))?;
         ensure!(t.kind == kind as u32, "tensor {name} has type {}, expected {kind:?}", t.kind);

@@ -53,7 +53,7 @@ impl RopeParams {
             return Ok(());
         }
         ensure!(
-            self.n_rot > 0 && self.n_rot % 2 == 0 && self.n_offs + self.n_rot <= head_dim,
+            self.n_rot > 0 && self.n_rot.is_multiple_of(2) && self.n_offs + self.n_rot <= head_dim,
             "RoPE over {} dimensions from {} does not fit a head of {head_dim}",
             self.n_rot,
             self.n_offs
@@ -64,7 +64,11 @@ impl RopeParams {
             self.freq_factors.len(),
             self.n_rot / 2
         );
-        ensure!(self.freq_base.is_finite() && self.freq_base > 0.0, "RoPE frequency base {} is not positive", self.freq_base);
+        ensure!(
+            self.freq_base.is_finite() && self.freq_base > 0.0,
+            "RoPE frequency base {} is not positive",
+            self.freq_base
+        );
         Ok(())
     }
 
@@ -85,7 +89,8 @@ impl RopeParams {
         let n = self.n_rot / 2;
         let ratio = f64::from(self.freq_base.powf(-2.0 / self.n_rot as f32));
         let corr = |beta: f32| {
-            self.n_rot as f32 * (self.n_ctx_orig as f32 / (beta * 2.0 * std::f32::consts::PI)).ln() / (2.0 * self.freq_base.ln())
+            self.n_rot as f32 * (self.n_ctx_orig as f32 / (beta * 2.0 * std::f32::consts::PI)).ln()
+                / (2.0 * self.freq_base.ln())
         };
         let low = corr(self.beta_fast).floor().max(0.0);
         let high = corr(self.beta_slow).ceil().min(self.n_rot as f32 - 1.0);
@@ -115,6 +120,9 @@ impl RopeParams {
 /// conjugate of its absolute value.
 pub(crate) struct Angles {
     pub n_pair: usize,
+    /// `[n_pair]` radians per position
+    pub frequency: Vec<f64>,
+    pub magnitude: f32,
     /// `[4][256][n_pair]` rotations by digit * 256^place, without magnitude
     digit_cos: Vec<f32>,
     digit_sin: Vec<f32>,
@@ -142,6 +150,8 @@ impl Angles {
         let n_pair = freq.len();
         let mut table = Self {
             n_pair,
+            frequency: freq.clone(),
+            magnitude,
             digit_cos: Vec::with_capacity(4 * 256 * n_pair),
             digit_sin: Vec::with_capacity(4 * 256 * n_pair),
             low_cos: Vec::with_capacity(n_pair * TRIG_STRIDE),

@@ -21,12 +21,14 @@ enum Outcome {
 }
 
 fn reason(stderr: &str) -> String {
-    let line = stderr.lines().rev().find(|l| l.contains("palu: ")).unwrap_or_else(|| panic!("no reason given:\n{stderr}"));
-    line.split("palu: ").last().unwrap().trim().to_owned()
+    // the patched llama.cpp's own sentence says more than the converter's that the model was refused
+    let said = |by: &str| stderr.lines().rev().find_map(|l| l.split_once(by)).map(|(_, why)| why.trim().to_owned());
+    said("palu: ").or_else(|| said("palu convert: ")).unwrap_or_else(|| panic!("no reason given:\n{stderr}"))
 }
 
 fn try_model(model: &Path, dir: &Path) -> Outcome {
-    let options = ["--type", "f32", "--ctx", "256", "--threads", "1"];
+    // without flash attention, which would read an f32 cache as f16
+    let options = ["--type", "f32", "--fa", "0", "--ctx", "256", "--threads", "1"];
     let name = model.file_stem().unwrap().to_str().unwrap();
     let stock = llama("palu-steps").arg(model).arg(dir.join(format!("{name}.f32"))).args(options).args(SCRIPT).output().unwrap();
     if !stock.status.success() {
@@ -34,7 +36,7 @@ fn try_model(model: &Path, dir: &Path) -> Outcome {
     }
     let projection = dir.join(format!("{name}.palu"));
     let convert = palu()
-        .args(["convert", model.to_str().unwrap(), "--calibration", "self", "--bits-per-value", BITS, "--threads", "1", "--output"])
+        .args(["convert", model.to_str().unwrap(), "--calibration", "self", "--bits-per-value", BITS, "--tokens", "2048", "--threads", "1", "--output"])
         .arg(&projection)
         .output()
         .unwrap();
@@ -45,7 +47,7 @@ fn try_model(model: &Path, dir: &Path) -> Outcome {
         return Outcome::Refused(reason(&stderr));
     }
     let expected = steps(model, &[&options[..], &SCRIPT].concat());
-    let got = steps(model, &[&["--palu", projection.to_str().unwrap()], &options[2..], &SCRIPT].concat());
+    let got = steps(model, &[&["--palu", projection.to_str().unwrap()], &options[4..], &SCRIPT].concat());
     Outcome::Served { nmse: nmse(&expected, &got) }
 }
 

@@ -304,7 +304,7 @@ fn a_file_is_made_that_keeps_the_model_what_it_is() {
     assert_eq!(file.layers.len(), N_LAYER);
     assert_eq!((file.meta.arch.as_str(), file.meta.model_identity, file.meta.n_layer), ("toy", 0xfeed, N_LAYER));
     assert_eq!(file.meta.calibration, "text.txt");
-    assert_eq!(file.meta.metric, "query+output, measured");
+    assert_eq!(file.meta.metric, "attention+output, measured");
     assert!((3900..=4100).contains(&file.meta.calibration_tokens), "{}", file.meta.calibration_tokens);
     let p = file.at(0.0).unwrap();
     assert!(p.bits_per_value <= 4.0 && p.bits_per_value > 3.8, "{}", p.bits_per_value);
@@ -359,7 +359,7 @@ fn a_budget_for_everything_needs_no_measuring() {
     let generous = ["--bits-per-value", "9", "--tokens", "4000"];
     assert_eq!(w.convert(&mut Toy::new(1), "text.txt", "out", &generous), 0);
     let file = ProjectionFile::read(&w.path("out")).unwrap();
-    assert_eq!(file.meta.metric, "query+output");
+    assert_eq!(file.meta.metric, "attention+output");
     assert!(divergence(&w.path("out"), 0.0) < 1e-3);
 }
 

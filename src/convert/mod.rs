@@ -1,13 +1,15 @@
 //! `palu convert`: how a projection file is made.
 //!
 //! The runtime runs the model ([`host`]); this module chooses the tokens ([`windows`]), looks at keys, values and queries
-//! through a tap ([`stats`]), finds the bases ([`solve`]), measures what errors cost ([`measure`]) and writes the file.
+//! through a tap ([`stats`]), works out what errors cost from attention itself ([`weigh`]), finds the bases ([`solve`]), measures
+//! how layers compare ([`measure`]) and writes the file.
 
 pub mod host;
 pub mod measure;
 pub mod report;
 pub mod solve;
 pub mod stats;
+pub mod weigh;
 pub mod windows;
 
 pub use host::{Host, HostModel};
@@ -23,6 +25,8 @@ use stats::{LayerShape, LayerStats, Mode};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use weigh::HeadWeights;
 use windows::Windows;
 
 /// Tokens of a window, where the model was trained for as many.
@@ -186,6 +190,14 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
     let model = Model::load(host, &tap, &options.model, options.n_gpu_layers, n_thread, window)?;
     times.push(stage.finish());
 
+    // a token, so that the graph has described every layer
+    model.eval(&[model.token_bos.unwrap_or(0)], false, 0, &mut [])?;
+    let shapes = tap.layers();
+    ensure!(!shapes.is_empty(), "{} models have no attention layer that can be compressed", model.arch);
+    let last = shapes.keys().copied().max().unwrap_or(0);
+    ensure!(last < model.n_layer, "the runtime described layer {last} of {}", model.n_layer);
+    check_budget(options, &shapes)?;
+
     let windows = if options.is_self() {
         let mut stage = Stage::new("sample text", 0);
         let windows = windows::sampled(&model, n_collect, n_probe, options.seed, |done, n| {
@@ -201,14 +213,6 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
         windows
     };
 
-    // a few tokens, so that the graph has described every layer
-    let first = &windows.collect[0];
-    model.eval(&first[..first.len().min(16)], false, 0, &mut [])?;
-    let shapes = tap.layers();
-    ensure!(!shapes.is_empty(), "{} models have no attention layer that can be compressed", model.arch);
-    let last = shapes.keys().copied().max().unwrap_or(0);
-    ensure!(last < model.n_layer, "the runtime described layer {last} of {}", model.n_layer);
-    check_budget(options, &shapes)?;
     let widest = shapes.values().flat_map(|s| SIDES.map(|side| s.width(side))).max().unwrap_or(0);
     if windows.n_token() < 4 * widest {
         eprintln!(
@@ -239,7 +243,7 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
     let probe = || Probe::new(&model, &tap, &windows.probe, n_thread);
     let outcome = measure::settle(&mut file, probe, || stage.step())?;
     times.push(stage.finish());
-    file.meta.metric = if outcome.divergence.is_some() { "query+output, measured" } else { "query+output" }.to_owned();
+    file.meta.metric = if outcome.divergence.is_some() { "attention+output, measured" } else { "attention+output" }.to_owned();
 
     keep_allocated(&mut file, &outcome)?;
     let projection = file.at(0.0)?;
@@ -276,8 +280,10 @@ fn collect_and_solve(
     let limit = (options.stats_memory * (1u64 << 30) as f64) as usize;
     let mut passes: Vec<Vec<usize>> = Vec::new();
     let mut used = usize::MAX;
+    let longest = windows.collect.iter().map(Vec::len).max().unwrap_or(0);
+    let sample = (longest / weigh::QUERIES_PER_WINDOW).max(1);
     for (&il, shape) in shapes {
-        let bytes = LayerStats::bytes(shape);
+        let bytes = LayerStats::bytes(shape, longest);
         if used.saturating_add(bytes) > limit {
             passes.push(Vec::new());
             used = 0;
@@ -290,30 +296,51 @@ fn collect_and_solve(
     let (mut collect_time, mut solve_time) = (0.0, 0.0);
     for pass in &passes {
         let mut stage = Stage::new("collect", windows.collect.len());
-        tap.replace_mode(Mode::Collect(pass.iter().map(|&il| (il, LayerStats::new(&shapes[&il]))).collect()));
+        tap.replace_mode(Mode::Collect(pass.iter().map(|&il| (il, LayerStats::new(&shapes[&il], sample))).collect()));
+        // the runtime is asked from this thread alone
+        let mut outputs = Vec::new();
+        for &il in pass {
+            let shape = &shapes[&il];
+            let w = model.output_proj(il, shape.n_head * shape.head_dim_v)?;
+            let grams = solve::output_grams(w.as_deref(), shape);
+            let roots: Result<Vec<Vec<f32>>> = grams.iter().map(solve::gram_root).collect();
+            outputs.push((grams, roots.with_context(|| format!("layer {il}, output projection"))?));
+        }
+        let heads: Vec<(usize, usize)> =
+            pass.iter().enumerate().flat_map(|(i, il)| (0..shapes[il].n_head_kv).map(move |g| (i, g))).collect();
+        let weights: Vec<Mutex<HeadWeights>> =
+            heads.iter().map(|&(i, _)| Mutex::new(HeadWeights::new(&shapes[&pass[i]]))).collect();
         for (i, window) in windows.collect.iter().enumerate() {
             model.eval(window, false, 0, &mut [])?;
             if let Some((il, side)) = tap.find_non_finite() {
                 bail!("layer {il}: the model's {} are not finite; is the model file damaged?", solve::name(side));
             }
+            let seen = tap.take_windows();
+            parallel(heads.len(), n_thread, |j| {
+                let (i, g) = heads[j];
+                let (shape, rope) = tap.layer(pass[i]);
+                stats::lock(&weights[j]).add(g, &shape, &rope, &seen[i], &outputs[i].1);
+            });
             stage.set(i + 1);
         }
         collect_time += stage.finish().1;
         let Mode::Collect(stats) = tap.replace_mode(Mode::Pass) else { unreachable!("nobody else changes the mode") };
+        for (il, stats) in &stats {
+            ensure!(SIDES.iter().all(|&s| stats.moments[s as usize].n_token() > 0), "the runtime never ran layer {il} through the tap");
+        }
 
         let stage = Stage::new("decompose", 1);
-        // the runtime is asked from this thread alone
+        let mut weights = weights.into_iter().map(|w| w.into_inner().expect("no thread panicked"));
         let mut jobs = Vec::new();
-        for (il, stats) in stats {
-            let shape = &shapes[&il];
-            ensure!(SIDES.iter().all(|&s| stats.moments[s as usize].n_token() > 0), "the runtime never ran layer {il} through the tap");
-            jobs.push((il, shape, stats, model.output_proj(il, shape.n_head * shape.head_dim_v)?));
+        for ((il, stats), (grams, _)) in stats.into_iter().zip(outputs) {
+            let weights: Vec<HeadWeights> = weights.by_ref().take(shapes[&il].n_head_kv).collect();
+            jobs.push((il, stats, weights, grams));
         }
         let n_ctx = model.n_ctx_train;
         let solved = parallel(jobs.len(), n_thread, |i| {
-            let (il, shape, stats, w) = &jobs[i];
-            let group_size = solve::group_size(options.group_size, *il, shape)?;
-            solve::layer_file(*il, shape, stats, w.as_deref(), n_ctx, group_size)
+            let (il, stats, weights, grams) = &jobs[i];
+            let group_size = solve::group_size(options.group_size, *il, &shapes[il])?;
+            solve::layer_file(*il, &shapes[il], stats, weights, grams, n_ctx, group_size)
         });
         for layer in solved {
             layers.push(layer?);

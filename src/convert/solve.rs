@@ -2,9 +2,10 @@
 //! an error costs. All in f64: the f32 eigensolver is off by 1e-4 at a thousand channels.
 
 use super::stats::{LayerShape, LayerStats};
+use super::weigh::HeadWeights;
 use crate::layout::SEGMENT;
 use crate::projection::{GroupFile, LayerFile, Side, SideFile};
-use crate::rope::RopeParams;
+use crate::rope::{RopeKind, RopeParams};
 use anyhow::{bail, ensure, Context, Result};
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::evd::{self_adjoint_evd, self_adjoint_evd_scratch, ComputeEigenvectors};
@@ -13,8 +14,10 @@ use faer::diag::Diag;
 use faer::{Accum, Mat, MatRef, Par};
 use half::f16;
 
-/// Tokens between query and key that the key metric averages over.
-pub const DISTANCES: [usize; 7] = [0, 1, 4, 16, 64, 256, 1024];
+/// Tokens between query and key at which queries count that the text does not attend with.
+const DISTANCES: [usize; 7] = [0, 1, 4, 16, 64, 256, 1024];
+/// Their part of the key metric, relative to the attended part; with none, the divergence is a little larger.
+const UNATTENDED: f64 = 0.1;
 /// Smallest eigenvalue of a metric, relative to its largest: below, directions that the calibration text happened not to
 /// use would be treated as free.
 const METRIC_FLOOR: f64 = 1e-4;
@@ -59,40 +62,67 @@ fn rotated(m: &Mat<f64>, rope: &RopeParams, freq: &[f64], distance: usize) -> Ma
     m
 }
 
-/// What an error of a key costs, per KV head: the second moment of the queries that read it, as a key sees them that lies
-/// some distance back, averaged over [`DISTANCES`] within the context.
-pub fn key_metric(queries: &[Mat<f64>], rope: &RopeParams, n_ctx: usize) -> Vec<Mat<f64>> {
-    if rope.kind == crate::rope::RopeKind::None {
-        return queries.to_vec();
+fn trace(m: &Mat<f64>) -> f64 {
+    (0..m.nrows()).map(|i| m[(i, i)]).sum()
+}
+
+/// R m Rᵀ averaged over [`DISTANCES`] within the context: the queries' moment `m` as keys see it that lie so far back.
+fn over_distances(m: &Mat<f64>, rope: &RopeParams, n_ctx: usize) -> Mat<f64> {
+    if rope.kind == RopeKind::None {
+        return m.clone();
     }
     let (freq, _) = rope.frequencies();
     let distances: Vec<usize> = DISTANCES.into_iter().filter(|&d| d == 0 || d < n_ctx).collect();
-    let average = |q: &Mat<f64>| {
-        let mut sum = Mat::zeros(q.nrows(), q.ncols());
-        for &distance in &distances {
-            sum += rotated(q, rope, &freq, distance);
-        }
-        sum / faer::Scale(distances.len() as f64)
-    };
-    queries.iter().map(average).collect()
+    let mut sum = Mat::zeros(m.nrows(), m.ncols());
+    for &distance in &distances {
+        sum += rotated(m, rope, &freq, distance);
+    }
+    sum / faer::Scale(distances.len() as f64)
 }
 
-/// What an error of a value costs, per KV head: W_oᵀ W_o over the query heads that read it. `w` is `[n_out][n_head*head_dim]`.
-pub fn value_metric(w: &[f32], shape: &LayerShape) -> Vec<Mat<f64>> {
+/// What an error of a key costs, per KV head: see [`super::weigh`]. A part comes from all queries at all distances, for
+/// what the calibration text happens not to attend to.
+pub fn key_metric(weights: &[HeadWeights], rope: &RopeParams, n_ctx: usize) -> Vec<Mat<f64>> {
+    let head = |weights: &HeadWeights| {
+        let (attended, all) = (weights.key(), over_distances(&weights.plain(), rope, n_ctx));
+        let share = if trace(&all) > 0.0 { UNATTENDED * trace(&attended) / trace(&all) } else { 0.0 };
+        attended + faer::Scale(share) * all
+    };
+    weights.iter().map(head).collect()
+}
+
+/// WᵀW per query head, W being the head's part of the output projection `w` `[n_out][n_head*head_dim_v]`; without one, W
+/// is the identity.
+pub fn output_grams(w: Option<&[f32]>, shape: &LayerShape) -> Vec<Mat<f64>> {
     let hd = shape.head_dim_v;
+    let Some(w) = w else { return vec![Mat::identity(hd, hd); shape.n_head] };
     let n_in = shape.n_head * hd;
     let w = MatRef::from_row_major_slice(w, w.len() / n_in, n_in);
-    let n_rep = shape.n_head / shape.n_head_kv;
-    let head = |g: usize| {
-        let mut sum = Mat::<f64>::zeros(hd, hd);
-        for h in g * n_rep..(g + 1) * n_rep {
-            let part = w.subcols(h * hd, hd);
-            let part = Mat::from_fn(part.nrows(), hd, |i, j| f64::from(part[(i, j)]));
-            matmul(sum.as_mut(), Accum::Add, part.transpose(), part.as_ref(), 1.0, Par::Seq);
+    let head = |h: usize| {
+        let part = w.subcols(h * hd, hd);
+        let part = Mat::from_fn(part.nrows(), hd, |i, j| f64::from(part[(i, j)]));
+        product(part.transpose(), part.as_ref())
+    };
+    (0..shape.n_head).map(head).collect()
+}
+
+/// A square root of a Gram matrix, row-major.
+pub fn gram_root(gram: &Mat<f64>) -> Result<Vec<f32>> {
+    let (values, vectors) = eigen(gram.as_ref())?;
+    let n = values.len();
+    Ok((0..n * n).map(|at| (values[at / n].max(0.0).sqrt() * vectors[(at % n, at / n)]) as f32).collect())
+}
+
+/// What an error of a value costs, per KV head: see [`super::weigh`].
+pub fn value_metric(grams: &[Mat<f64>], weights: &[HeadWeights]) -> Vec<Mat<f64>> {
+    let head = |(grams, weights): (&[Mat<f64>], &HeadWeights)| {
+        let mut sum = Mat::<f64>::zeros(grams[0].nrows(), grams[0].nrows());
+        for (gram, c) in grams.iter().zip(weights.concentration()) {
+            sum += faer::Scale(c) * gram;
         }
         sum
     };
-    (0..shape.n_head_kv).map(head).collect()
+    grams.chunks(grams.len() / weights.len()).zip(weights).map(head).collect()
 }
 
 /// M^½ and M^-½ per KV head, M scaled to a mean eigenvalue of 1 over the side.
@@ -103,7 +133,7 @@ fn roots(metric: &[Mat<f64>]) -> Result<Vec<[Mat<f64>; 2]>> {
     }
     let max = spectra.iter().flat_map(|(w, _)| w).copied().fold(0.0, f64::max);
     if max <= 0.0 {
-        // nothing reads this side (an output projection of zeros): every error costs the same
+        // nothing reads this side (an output projection of zeros, say): every error costs the same
         let identity = |m: &Mat<f64>| [Mat::identity(m.nrows(), m.nrows()), Mat::identity(m.nrows(), m.nrows())];
         return Ok(metric.iter().map(identity).collect());
     }
@@ -186,20 +216,18 @@ fn side_file(shape: &LayerShape, side: Side, stats: &LayerStats, metric: &[Mat<f
     })
 }
 
-/// One layer with all of its channels. `output_proj` is `[n_out][n_head*head_dim_v]`; `n_ctx` what the model was trained for.
+/// One layer with all of its channels. `grams` as [`output_grams`] has them; `n_ctx` what the model was trained for.
 pub fn layer_file(
     il: usize,
     shape: &LayerShape,
     stats: &LayerStats,
-    output_proj: Option<&[f32]>,
+    weights: &[HeadWeights],
+    grams: &[Mat<f64>],
     n_ctx: usize,
     group_size: usize,
 ) -> Result<LayerFile> {
-    let key = key_metric(&stats.query_moments(), &shape.rope, n_ctx);
-    let value = match output_proj {
-        Some(w) => value_metric(w, shape),
-        None => vec![Mat::identity(shape.head_dim_v, shape.head_dim_v); shape.n_head_kv],
-    };
+    let key = key_metric(weights, &shape.rope, n_ctx);
+    let value = value_metric(grams, weights);
     let side = |side: Side, metric: &[Mat<f64>]| {
         side_file(shape, side, stats, metric, group_size).with_context(|| format!("layer {il}, {}", name(side)))
     };
@@ -217,7 +245,7 @@ pub fn name(side: Side) -> &'static str {
 pub fn group_size(asked: usize, il: usize, shape: &LayerShape) -> Result<usize> {
     match asked {
         0 => Ok(shape.n_head_kv),
-        n if shape.n_head_kv % n == 0 => Ok(n),
+        n if shape.n_head_kv.is_multiple_of(n) => Ok(n),
         n => bail!("--group-size {n} does not divide the {} KV heads of layer {il}", shape.n_head_kv),
     }
 }
@@ -295,9 +323,9 @@ mod tests {
         assert!(super::roots(&[Mat::from_fn(2, 2, |_, _| f64::NAN)]).is_err());
     }
 
-    /// The averaged metric scores an error of the key as queries do that stand at those distances.
+    /// Averaged over distances, the moment scores an error of the key as queries do that stand there.
     #[test]
-    fn key_metric_is_the_mean_squared_error_of_scores() {
+    fn distances_are_those_between_query_and_key() {
         let hd = 12;
         for kind in [RopeKind::Norm, RopeKind::Neox] {
             let rope = RopeParams { kind, n_rot: 8, n_offs: 2, freq_base: 100.0, ..RopeParams::none() };
@@ -306,7 +334,7 @@ mod tests {
             let queries: Vec<Vec<f64>> = (0..5).map(|_| vector()).collect();
             let error = vector();
             let moment = Mat::from_fn(hd, hd, |i, j| queries.iter().map(|q| q[i] * q[j]).sum::<f64>());
-            let metric = &key_metric(&[moment], &rope, 300)[0];
+            let metric = over_distances(&moment, &rope, 300);
             let got: f64 = (0..hd).map(|i| (0..hd).map(|j| error[i] * metric[(i, j)] * error[j]).sum::<f64>()).sum();
 
             let (freq, _) = rope.frequencies();
@@ -333,22 +361,20 @@ mod tests {
     }
 
     #[test]
-    fn value_metric_is_the_squared_error_of_the_output() {
+    fn output_grams_and_their_roots() {
         let shape = LayerShape { n_head: 4, n_head_kv: 2, head_dim_k: 4, head_dim_v: 3, rope: RopeParams::none() };
         let mut random = Random(2);
         let (n_out, n_in) = (7, 12);
         let w: Vec<f32> = (0..n_out * n_in).map(|_| random.uniform() as f32 - 0.5).collect();
-        let metric = value_metric(&w, &shape);
         let error = [0.3f64, -1.0, 0.7];
-        for (g, metric) in metric.iter().enumerate() {
-            let mut want = 0.0;
-            for h in [2 * g, 2 * g + 1] {
-                for row in w.chunks(n_in) {
-                    want += row[h * 3..h * 3 + 3].iter().zip(error).map(|(&w, e)| f64::from(w) * e).sum::<f64>().powi(2);
-                }
-            }
-            let got: f64 = (0..3).map(|i| (0..3).map(|j| error[i] * metric[(i, j)] * error[j]).sum::<f64>()).sum();
+        for (h, gram) in output_grams(Some(&w), &shape).iter().enumerate() {
+            let want: f64 =
+                w.chunks(n_in).map(|row| row[h * 3..h * 3 + 3].iter().zip(error).map(|(&w, e)| f64::from(w) * e).sum::<f64>().powi(2)).sum();
+            let got: f64 = (0..3).map(|i| (0..3).map(|j| error[i] * gram[(i, j)] * error[j]).sum::<f64>()).sum();
             assert!((got - want).abs() < 1e-9 * want);
+            let root = gram_root(gram).unwrap();
+            let reached: f64 = root.chunks(3).map(|r| r.iter().zip(error).map(|(&r, e)| f64::from(r) * e).sum::<f64>().powi(2)).sum();
+            assert!((reached - want).abs() < 1e-5 * want);
         }
     }
 

@@ -1,5 +1,5 @@
-//! The tap: sees keys before RoPE, values and queries of the running model, and either accumulates their moments or sends
-//! keys and values through the codec.
+//! The tap: sees keys before RoPE, values and queries of the running model, and either accumulates moments and keeps the
+//! window for [`super::weigh`], or sends keys and values through the codec.
 //!
 //! Work is split over the runtime's threads by rows of the moment matrices, in blocks of fixed size, so that every sum is
 //! formed in the same order whatever the number of threads.
@@ -81,7 +81,7 @@ impl Heads {
     }
 }
 
-/// Cosine and sine of every pair at every position, for taking rotations back.
+/// Cosine and sine of every pair at every position.
 pub struct RopeTable {
     params: RopeParams,
     freq: Vec<f64>,
@@ -97,17 +97,26 @@ impl RopeTable {
         Self { params: params.clone(), freq, magnitude, cos_sin }
     }
 
-    /// Takes back the rotation and the magnitude that `x` got at `pos`.
-    pub fn unrotate(&self, x: &mut [f32], pos: i32) {
+    /// Rotates `x` to `pos`, with the magnitude.
+    pub fn rotate(&self, x: &mut [f32], pos: i32) {
+        self.turn(x, pos, 1.0);
+    }
+
+    /// The transpose of [`RopeTable::rotate`], with the magnitude too: x·rotate(y) = rotate_back(x)·y.
+    pub fn rotate_back(&self, x: &mut [f32], pos: i32) {
+        self.turn(x, pos, -1.0);
+    }
+
+    fn turn(&self, x: &mut [f32], pos: i32, sign: f32) {
         let n = self.freq.len();
-        let inv = 1.0 / self.magnitude;
         for (i, freq) in self.freq.iter().enumerate() {
             let known = usize::try_from(pos).ok().and_then(|p| self.cos_sin.get(p * n + i));
             let (cos, sin) = known.copied().unwrap_or_else(|| angle(freq * f64::from(pos)));
+            let (cos, sin) = (self.magnitude * cos, self.magnitude * sign * sin);
             let (a, b) = self.params.pair(i);
             let (xa, xb) = (x[a], x[b]);
-            x[a] = (xa * cos + xb * sin) * inv;
-            x[b] = (xb * cos - xa * sin) * inv;
+            x[a] = xa * cos - xb * sin;
+            x[b] = xa * sin + xb * cos;
         }
     }
 }
@@ -122,7 +131,7 @@ thread_local! {
 }
 
 /// Adds `xᵀ x` of rows `rows` and columns `0..width` to `sum` `[rows][width]`, by way of f32 products `scratch`.
-fn add_products(x: &[f32], d: usize, rows: std::ops::Range<usize>, width: usize, sum: &mut [f64], scratch: &mut Vec<f32>) {
+pub fn add_products(x: &[f32], d: usize, rows: std::ops::Range<usize>, width: usize, sum: &mut [f64], scratch: &mut Vec<f32>) {
     let x = MatRef::from_row_major_slice(x, x.len() / d, d);
     scratch.resize(rows.len() * width, 0.0);
     let product = MatMut::from_row_major_slice_mut(scratch, rows.len(), width);
@@ -241,35 +250,42 @@ impl Moments {
 pub struct LayerStats {
     /// [key, value]
     pub moments: [Moments; 2],
-    /// per KV head, second moment `[head_dim_k][head_dim_k]` of the queries that read it, rotated back to position 0
-    queries: Vec<Mutex<Vec<f64>>>,
-    head_dim_k: usize,
-    n_query: AtomicU64,
+    /// written by one thread
+    window: Mutex<Window>,
 }
 
 impl LayerStats {
-    pub fn new(shape: &LayerShape) -> Self {
+    /// `sample`: every how many positions a query is looked at.
+    pub fn new(shape: &LayerShape, sample: usize) -> Self {
         Self {
             moments: SIDES.map(|s| Moments::new(shape.width(s))),
-            queries: (0..shape.n_head_kv).map(|_| Mutex::new(vec![0.0; shape.head_dim_k * shape.head_dim_k])).collect(),
-            head_dim_k: shape.head_dim_k,
-            n_query: AtomicU64::new(0),
+            window: Mutex::new(Window::new(sample)),
         }
     }
 
-    pub fn bytes(shape: &LayerShape) -> usize {
-        let moments: usize = SIDES.iter().map(|&s| Moments::bytes(shape.width(s))).sum();
-        moments + 8 * shape.n_head_kv * shape.head_dim_k * shape.head_dim_k
+    pub fn bytes(shape: &LayerShape, n_window: usize) -> usize {
+        let sides = |s| Moments::bytes(shape.width(s)) + 4 * n_window * shape.width(s);
+        SIDES.into_iter().map(sides).sum()
     }
+}
 
-    /// Per KV head, mean over tokens of the sum over its query heads of q qᵀ.
-    pub fn query_moments(&self) -> Vec<Mat<f64>> {
-        let n = self.n_query.load(Relaxed).max(1) as f64;
-        let moment = |q: &Mutex<Vec<f64>>| {
-            let q = lock(q);
-            Mat::from_fn(self.head_dim_k, self.head_dim_k, |i, j| q[i * self.head_dim_k + j] / n)
-        };
-        self.queries.iter().map(moment).collect()
+/// Keys before RoPE, values and some rotated queries of the window that is being run.
+#[derive(Debug, PartialEq)]
+pub struct Window {
+    sample: usize,
+    /// `[n_token][n_head_kv][head_dim_k]`
+    pub keys: Vec<f32>,
+    /// `[n_token][n_head_kv][head_dim_v]`
+    pub values: Vec<f32>,
+    /// `[n_query][n_head][head_dim_k]`
+    pub queries: Vec<f32>,
+    /// `[n_query]`
+    pub positions: Vec<usize>,
+}
+
+impl Window {
+    fn new(sample: usize) -> Self {
+        Self { sample, keys: Vec::new(), values: Vec::new(), queries: Vec::new(), positions: Vec::new() }
     }
 }
 
@@ -296,7 +312,7 @@ pub struct Tap {
     error: Mutex<Option<String>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
@@ -315,8 +331,28 @@ impl Tap {
         head_dim_v: usize,
         rope: RopeParams,
     ) -> Result<()> {
+        let result = self.describe_checked(il, n_head, n_head_kv, head_dim_k, head_dim_v, rope);
+        self.keep_error(&result);
+        result
+    }
+
+    fn keep_error(&self, result: &Result<()>) {
+        if let Err(e) = result {
+            lock(&self.error).get_or_insert_with(|| format!("{e:#}"));
+        }
+    }
+
+    fn describe_checked(
+        &self,
+        il: usize,
+        n_head: usize,
+        n_head_kv: usize,
+        head_dim_k: usize,
+        head_dim_v: usize,
+        rope: RopeParams,
+    ) -> Result<()> {
         ensure!(
-            n_head_kv > 0 && head_dim_k > 0 && head_dim_v > 0 && n_head >= n_head_kv && n_head % n_head_kv == 0,
+            n_head_kv > 0 && head_dim_k > 0 && head_dim_v > 0 && n_head >= n_head_kv && n_head.is_multiple_of(n_head_kv),
             "layer {il}: {n_head} query heads over {n_head_kv} KV heads of {head_dim_k} and {head_dim_v} dimensions"
         );
         rope.check(head_dim_k)?;
@@ -330,6 +366,24 @@ impl Tap {
         let table = known.unwrap_or_else(|| Arc::new(RopeTable::new(&shape.rope, self.n_pos)));
         state.layers.insert(il, (shape, table));
         Ok(())
+    }
+
+    /// Shape and rotations of a layer that was described.
+    pub fn layer(&self, il: usize) -> (LayerShape, Arc<RopeTable>) {
+        let state = self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        state.layers[&il].clone()
+    }
+
+    /// Takes what the last window left, layer after layer.
+    pub fn take_windows(&self) -> Vec<Window> {
+        let state = self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Mode::Collect(layers) = &state.mode else { return Vec::new() };
+        let take = |l: &LayerStats| {
+            let mut window = lock(&l.window);
+            let fresh = Window::new(window.sample);
+            std::mem::replace(&mut *window, fresh)
+        };
+        layers.values().map(take).collect()
     }
 
     pub fn layers(&self) -> BTreeMap<usize, LayerShape> {
@@ -368,9 +422,7 @@ impl Tap {
     /// Pointers and strides must describe what [`TapParams`] says.
     pub unsafe fn run(&self, p: &TapParams, ith: usize, nth: usize) -> Result<()> {
         let result = self.run_checked(p, ith, nth);
-        if let Err(e) = &result {
-            lock(&self.error).get_or_insert_with(|| format!("{e:#}"));
-        }
+        self.keep_error(&result);
         result
     }
 
@@ -383,7 +435,7 @@ impl Tap {
         };
         let state = self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let il = p.il as usize;
-        let Some((shape, table)) = state.layers.get(&il) else { bail!("layer {} was not described", p.il) };
+        let Some((shape, _)) = state.layers.get(&il) else { bail!("layer {} was not described", p.il) };
         ensure!(!p.x.is_null() && !p.out.is_null() && p.n_token >= 0, "a null pointer, or {} tokens", p.n_token);
         let n_token = p.n_token as usize;
         let x = Heads { x: p.x, nb_head: p.x_nb_head, nb_token: p.x_nb_token, head_dim: shape.head_dim(side) };
@@ -417,28 +469,26 @@ impl Tap {
             return Ok(());
         }
         stats.moments[side as usize].add(n_token, ith, nth, |out| (0..n_token).for_each(|t| append(out, t)));
+        if ith != 0 {
+            return Ok(());
+        }
+        let window = &mut *lock(&stats.window);
         if side == Side::Value {
+            (0..n_token).for_each(|t| append(&mut window.values, t));
             return Ok(());
         }
         ensure!(!p.q.is_null() && !p.pos.is_null(), "keys of layer {il} came without queries or positions");
-        if ith == 0 {
-            stats.n_query.fetch_add(n_token as u64, Relaxed);
-        }
         let q = Heads { x: p.q, nb_head: p.q_nb_head, nb_token: p.q_nb_token, head_dim: shape.head_dim_k };
-        let n_rep = shape.n_head / n_head_kv;
-        for (g, sum) in stats.queries.iter().enumerate().skip(ith).step_by(nth) {
-            SCRATCH.with_borrow_mut(|(x, scratch)| {
-                x.clear();
-                for t in 0..n_token {
-                    for h in g * n_rep..(g + 1) * n_rep {
-                        let start = x.len();
-                        x.extend_from_slice(q.head(t, h));
-                        table.unrotate(&mut x[start..], *p.pos.add(t));
-                    }
+        for t in 0..n_token {
+            let pos = *p.pos.add(t);
+            ensure!(pos as usize == window.keys.len() / width, "layer {il}: position {pos} is out of order");
+            append(&mut window.keys, t);
+            if (pos as usize + 1).is_multiple_of(window.sample) {
+                window.positions.push(pos as usize);
+                for h in 0..shape.n_head {
+                    window.queries.extend_from_slice(q.head(t, h));
                 }
-                let d = shape.head_dim_k;
-                add_products(x, d, 0..d, d, &mut lock(sum), scratch);
-            });
+            }
         }
         Ok(())
     }
@@ -454,17 +504,17 @@ mod tests {
         LayerShape { n_head: 6, n_head_kv: 3, head_dim_k: 24, head_dim_v: 30, rope }
     }
 
-    /// Runs keys and values of a few blocks of tokens through a collecting tap; returns it with what went in.
+    /// Runs keys and values of a window in a few blocks through a collecting tap; returns it with what went in.
     fn collect(nth: usize) -> (LayerStats, Vec<f32>, Vec<f32>) {
         let shape = shape();
         let tap = Tap::new(32);
         tap.describe(4, shape.n_head, shape.n_head_kv, shape.head_dim_k, shape.head_dim_v, shape.rope.clone()).unwrap();
-        tap.replace_mode(Mode::Collect(BTreeMap::from([(4, LayerStats::new(&shape))])));
+        tap.replace_mode(Mode::Collect(BTreeMap::from([(4, LayerStats::new(&shape, 4))])));
         let mut random = Random(1);
         let mut value = |bias: f32| bias + random.uniform() as f32 - 0.5;
         let (dk, dv, dq) = (shape.width(Side::Key), shape.width(Side::Value), shape.n_head * shape.head_dim_k);
         let (mut all_k, mut all_q) = (Vec::new(), Vec::new());
-        for (pos0, n) in [(0, 33), (33, 7), (0, 40)] {
+        for (pos0, n) in [(0, 33), (33, 7), (40, 40)] {
             let k: Vec<f32> = (0..n * dk).map(|i| value(300.0 * (i % dk == 5) as i32 as f32)).collect();
             let v: Vec<f32> = (0..n * dv).map(|_| value(0.0)).collect();
             let q: Vec<f32> = (0..n * dq).map(|_| value(0.0)).collect();
@@ -490,21 +540,7 @@ mod tests {
                 assert_eq!(&out, x, "statistics leave the model as it is");
             }
             all_k.extend(k);
-            for (t, &p) in pos.iter().enumerate() {
-                for head in q[t * dq..(t + 1) * dq].chunks(shape.head_dim_k) {
-                    // rotated back by hand, in f64
-                    let (freq, magnitude) = shape.rope.frequencies();
-                    let mut head = head.to_vec();
-                    for (i, f) in freq.iter().enumerate() {
-                        let (a, b) = shape.rope.pair(i);
-                        let (sin, cos) = (-f * f64::from(p)).sin_cos();
-                        let (xa, xb) = (f64::from(head[a]), f64::from(head[b]));
-                        head[a] = ((xa * cos - xb * sin) / f64::from(magnitude)) as f32;
-                        head[b] = ((xa * sin + xb * cos) / f64::from(magnitude)) as f32;
-                    }
-                    all_q.extend(head);
-                }
-            }
+            all_q.extend(q);
         }
         let Mode::Collect(mut layers) = tap.replace_mode(Mode::Pass) else { unreachable!() };
         (layers.remove(&4).unwrap(), all_k, all_q)
@@ -526,21 +562,12 @@ mod tests {
                 assert!((got[(i, j)] - c).abs() < 1e-5, "({i}, {j}): {} for {c}", got[(i, j)]);
             }
         }
-        let hd = shape.head_dim_k;
-        let n_rep = shape.n_head / shape.n_head_kv;
-        for (g, got) in stats.query_moments().iter().enumerate() {
-            for i in 0..hd {
-                for j in 0..hd {
-                    let mut c = 0.0;
-                    for token in q.chunks(shape.n_head * hd) {
-                        for head in token.chunks(hd).skip(g * n_rep).take(n_rep) {
-                            c += f64::from(head[i]) * f64::from(head[j]);
-                        }
-                    }
-                    assert!((got[(i, j)] - c / n as f64).abs() < 1e-5);
-                }
-            }
-        }
+        let window = lock(&stats.window);
+        assert_eq!(window.keys, k);
+        assert_eq!(window.values.len(), n * shape.width(Side::Value));
+        assert_eq!(window.positions, (0..n / 4).map(|i| 4 * i + 3).collect::<Vec<_>>());
+        let dq = shape.n_head * shape.head_dim_k;
+        assert_eq!(window.queries[dq..2 * dq], q[7 * dq..8 * dq]);
     }
 
     #[test]
@@ -551,7 +578,27 @@ mod tests {
             for side in SIDES {
                 assert_eq!(one.moments[side as usize].finish(), other.moments[side as usize].finish());
             }
-            assert_eq!(one.query_moments(), other.query_moments());
+            assert_eq!(*lock(&one.window), *lock(&other.window));
+        }
+    }
+
+    #[test]
+    fn rotations_and_their_transposes() {
+        let rope = shape().rope;
+        // position 40 lies beyond the table
+        let table = RopeTable::new(&rope, 32);
+        for pos in [0, 7, 40] {
+            let x: Vec<f32> = (0..24).map(|i| (i as f32).sin()).collect();
+            let mut y = x.clone();
+            table.rotate(&mut y, pos);
+            let (freq, magnitude) = rope.frequencies();
+            let (a, b) = rope.pair(1);
+            let (sin, cos) = (freq[1] * f64::from(pos)).sin_cos();
+            let want = f64::from(magnitude) * (f64::from(x[a]) * cos - f64::from(x[b]) * sin);
+            assert!((f64::from(y[a]) - want).abs() < 1e-5);
+            assert_eq!(y[16..], x[16..], "dimensions that are not rotated");
+            table.rotate_back(&mut y, pos);
+            assert!(x.iter().zip(&y).take(16).all(|(x, y)| (magnitude * magnitude * x - y).abs() < 1e-5));
         }
     }
 
@@ -575,6 +622,7 @@ mod tests {
         assert_eq!(tap.take_error().as_deref(), Some("layer 3 was not described"));
         assert_eq!(tap.take_error(), None);
         assert!(tap.describe(0, 5, 2, 64, 64, RopeParams::none()).is_err(), "heads that do not divide");
+        assert!(tap.take_error().is_some());
         tap.describe(0, 4, 2, 64, 64, RopeParams::none()).unwrap();
         assert!(tap.describe(0, 4, 2, 32, 64, RopeParams::none()).is_err(), "two descriptions");
     }

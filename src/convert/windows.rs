@@ -109,7 +109,7 @@ fn is_probe(i: usize, n_window: usize, n_probe: usize) -> bool {
 pub struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -118,7 +118,7 @@ impl Random {
 
     /// In [0, 1).
     pub fn uniform(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// An index drawn with the probabilities softmax(logits).
@@ -141,6 +141,10 @@ impl Random {
     }
 }
 
+/// Of the windows that a model writes itself, every so many are of random tokens instead: a model that keeps to few of its
+/// tokens would leave the directions of all others without variance, and so without bits.
+const RANDOM_EVERY: usize = 4;
+
 /// Windows of the context's size that the model writes itself, one token at a time at temperature 1.
 pub fn sampled(model: &Model, n_collect: usize, n_probe: usize, seed: u64, mut progress: impl FnMut(usize, usize)) -> Result<Windows> {
     let length = model.n_ctx;
@@ -150,8 +154,11 @@ pub fn sampled(model: &Model, n_collect: usize, n_probe: usize, seed: u64, mut p
     let mut windows = Windows { collect: Vec::new(), probe: Vec::new(), hash: 0 };
     let mut logits = vec![0f32; model.n_vocab];
     for i in 0..n_window {
-        let first = model.token_bos.unwrap_or_else(|| (random.next() % model.n_vocab as u64) as i32);
+        let first = model.token_bos.unwrap_or_else(|| (random.bits() % model.n_vocab as u64) as i32);
         let mut window = vec![first];
+        if i % RANDOM_EVERY == RANDOM_EVERY - 1 {
+            window.extend((1..length).map(|_| (random.bits() % model.n_vocab as u64) as i32));
+        }
         while window.len() < length {
             let keep = window.len() > 1;
             model.eval(&window[window.len() - 1..], keep, 0, &mut logits)?;

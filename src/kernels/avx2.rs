@@ -73,15 +73,25 @@ impl Isa for Avx2 {
         unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
     }
     #[inline(always)]
-    unsafe fn scale2(a: __m256, n: __m256) -> __m256 {
+    unsafe fn exp2(a: __m256) -> __m256 {
         unsafe {
-            let n = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-            _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(n)))
+            let least = _mm256_set1_ps(-126.0);
+            // the variable stands second, so that what is not a number stays so
+            let x = _mm256_min_ps(_mm256_set1_ps(127.0), _mm256_max_ps(least, a));
+            let n = _mm256_floor_ps(x);
+            let r = _mm256_sub_ps(x, n);
+            let mut e = _mm256_set1_ps(generic::EXP2[5]);
+            for i in (0..5).rev() {
+                e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(generic::EXP2[i]));
+            }
+            let n = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)));
+            let e = _mm256_mul_ps(e, _mm256_castsi256_ps(n));
+            _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a, least), e)
         }
     }
     #[inline(always)]
-    unsafe fn select_lt(a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
-        unsafe { _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) }
+    unsafe fn mul_nonzero(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NEQ_UQ>(a, _mm256_setzero_ps()), _mm256_mul_ps(a, b)) }
     }
     #[inline(always)]
     unsafe fn select_eq(a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
@@ -127,6 +137,30 @@ impl Isa for Avx2 {
     #[inline(always)]
     unsafe fn iadd(a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn isum(a: __m256i) -> i32 {
+        unsafe {
+            let a = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let a = _mm_add_epi32(a, _mm_shuffle_epi32::<0b_00_00_11_10>(a));
+            _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32::<1>(a)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn shr8(a: __m256i) -> __m256i {
+        unsafe { _mm256_srai_epi32::<8>(a) }
+    }
+    #[inline(always)]
+    unsafe fn to_i(a: __m256) -> __m256i {
+        unsafe { _mm256_cvtps_epi32(a) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(p: *mut u8, a: __m256i) {
+        unsafe {
+            let a = _mm256_and_si256(a, _mm256_set1_epi32(0xff));
+            let a = _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            _mm_storel_epi64(p.cast(), _mm_packus_epi16(a, a));
+        }
     }
     #[inline(always)]
     unsafe fn shl8(a: __m256i) -> __m256i {
@@ -177,9 +211,16 @@ pub(super) fn squeeze(codes: u64, bits: u8) -> u64 {
 
 impl Kernels for Avx2 {
     #[target_feature(enable = "avx2,fma,f16c,bmi2")]
-    unsafe fn unpack(plan: &UnpackPlan, rows: *const u8, row_bytes: usize, visible: u64, codes: *mut u8, scales: *mut f32) {
+    unsafe fn unpack(
+        plan: &UnpackPlan,
+        rows: *const u8,
+        row_bytes: usize,
+        visible: u64,
+        codes: *mut u8,
+        scales: *mut f32,
+    ) {
         // SAFETY: as the caller promises
-        unsafe { generic::unpack(plan, rows, row_bytes, visible, codes, scales, spread) }
+        unsafe { generic::unpack::<Self>(plan, rows, row_bytes, visible, codes, scales, spread) }
     }
     #[target_feature(enable = "avx2,fma,f16c,bmi2")]
     unsafe fn unpack_row(plan: &UnpackPlan, row: *const u8, codes: *mut u8) -> f32 {
@@ -195,6 +236,11 @@ impl Kernels for Avx2 {
     unsafe fn transpose(codes: *const u8, stride: usize, rank: usize, out: *mut u8) {
         // SAFETY: as the caller promises
         unsafe { generic::transpose(codes, stride, rank, out) }
+    }
+    #[target_feature(enable = "avx2,fma,f16c,bmi2")]
+    unsafe fn scan_mask(mask: *const u8, f16: bool, n: usize) -> (u64, u64) {
+        // SAFETY: as the caller promises
+        unsafe { generic::scan_mask::<Self>(mask, f16, n) }
     }
     generic::kernels!(#[target_feature(enable = "avx2,fma,f16c,bmi2")]);
 }

@@ -74,12 +74,20 @@ impl Isa for Avx512 {
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
     }
     #[inline(always)]
-    unsafe fn scale2(a: __m512, n: __m512) -> __m512 {
-        unsafe { _mm512_scalef_ps(a, n) }
+    unsafe fn exp2(a: __m512) -> __m512 {
+        unsafe {
+            // a - floor(a), and 0 for infinities; vscalefps takes the floor itself, and makes 2^-inf = 0
+            let r = _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(a);
+            let mut e = _mm512_set1_ps(generic::EXP2[5]);
+            for i in (0..5).rev() {
+                e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(generic::EXP2[i]));
+            }
+            _mm512_scalef_ps(e, a)
+        }
     }
     #[inline(always)]
-    unsafe fn select_lt(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
-        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x) }
+    unsafe fn mul_nonzero(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_maskz_mul_ps(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(a, _mm512_setzero_ps()), a, b) }
     }
     #[inline(always)]
     unsafe fn select_eq(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
@@ -115,6 +123,22 @@ impl Isa for Avx512 {
         unsafe { _mm512_add_epi32(a, b) }
     }
     #[inline(always)]
+    unsafe fn isum(a: __m512i) -> i32 {
+        unsafe { _mm512_reduce_add_epi32(a) }
+    }
+    #[inline(always)]
+    unsafe fn shr8(a: __m512i) -> __m512i {
+        unsafe { _mm512_srai_epi32::<8>(a) }
+    }
+    #[inline(always)]
+    unsafe fn to_i(a: __m512) -> __m512i {
+        unsafe { _mm512_cvtps_epi32(a) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(p: *mut u8, a: __m512i) {
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(a)) }
+    }
+    #[inline(always)]
     unsafe fn shl8(a: __m512i) -> __m512i {
         unsafe { _mm512_slli_epi32::<8>(a) }
     }
@@ -135,38 +159,40 @@ impl Isa for Avx512 {
     }
 }
 
-/// 64 codes from at most 64 bytes of a row.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
-#[inline]
-unsafe fn unpack_block(block: &super::BlockPlan, row: *const u8) -> __m512i {
-    // SAFETY: the load touches `bytes` bytes of the row, which the plan knows to be there; the plan's arrays are 64 bytes
-    unsafe {
-        let bytes = _mm512_maskz_loadu_epi8(u64::MAX >> (64 - block.bytes), row.add(block.offset).cast());
-        let bytes = _mm512_permutexvar_epi8(_mm512_load_si512(block.permutation.as_ptr().cast()), bytes);
-        let codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(block.shift.as_ptr().cast()), bytes);
-        _mm512_and_si512(codes, _mm512_load_si512(block.mask.as_ptr().cast()))
-    }
-}
-
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,f16c")]
-unsafe fn unpack_vbmi(plan: &UnpackPlan, rows: *const u8, row_bytes: usize, visible: u64, codes: *mut u8, scales: *mut f32) {
-    // SAFETY: rows of visible cells are readable, `codes` holds TILE rows of `stride` bytes, `scales` TILE floats
+unsafe fn unpack_vbmi(
+    plan: &UnpackPlan,
+    rows: *const u8,
+    row_bytes: usize,
+    visible: u64,
+    codes: *mut u8,
+    scales: *mut f32,
+) {
+    // SAFETY: rows of visible cells are readable, `codes` holds TILE rows of `stride` bytes, `scales` TILE floats. A whole
+    // vector is only read where that ends before the last visible row does, else just the block's bytes.
     unsafe {
-        for t in 0..TILE {
-            let out = codes.add(t * plan.stride);
-            if visible >> t & 1 == 0 {
-                for b in 0..plan.blocks.len() {
-                    _mm512_storeu_si512(out.add(64 * b).cast(), _mm512_setzero_si512());
+        let end = (TILE - visible.leading_zeros() as usize) * row_bytes;
+        for (b, block) in plan.blocks.iter().enumerate() {
+            let permutation = _mm512_load_si512(block.permutation.as_ptr().cast());
+            let shift = _mm512_load_si512(block.shift.as_ptr().cast());
+            let mask = _mm512_load_si512(block.mask.as_ptr().cast());
+            for t in 0..TILE {
+                let out = codes.add(t * plan.stride + 64 * b);
+                if visible >> t & 1 == 0 {
+                    _mm512_storeu_si512(out.cast(), _mm512_setzero_si512());
+                    continue;
                 }
-                *scales.add(t) = 0.0;
-                continue;
+                let at = t * row_bytes + block.offset;
+                let bytes = if at + 64 <= end {
+                    _mm512_loadu_si512(rows.add(at).cast())
+                } else {
+                    _mm512_maskz_loadu_epi8(u64::MAX >> (64 - block.bytes), rows.add(at).cast())
+                };
+                let codes = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(permutation, bytes));
+                _mm512_storeu_si512(out.cast(), _mm512_and_si512(codes, mask));
             }
-            let row = rows.add(t * row_bytes);
-            for (b, block) in plan.blocks.iter().enumerate() {
-                _mm512_storeu_si512(out.add(64 * b).cast(), unpack_block(block, row));
-            }
-            *scales.add(t) = generic::scale(row.add(plan.scale_offset));
         }
+        generic::unpack_scales::<Avx512>(plan, rows, row_bytes, visible, scales);
     }
 }
 
@@ -208,13 +234,20 @@ unsafe fn transpose_16(from: *const u8, stride: usize, to: *mut u8) {
 
 impl Kernels for Avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2")]
-    unsafe fn unpack(plan: &UnpackPlan, rows: *const u8, row_bytes: usize, visible: u64, codes: *mut u8, scales: *mut f32) {
+    unsafe fn unpack(
+        plan: &UnpackPlan,
+        rows: *const u8,
+        row_bytes: usize,
+        visible: u64,
+        codes: *mut u8,
+        scales: *mut f32,
+    ) {
         // SAFETY: as the caller promises
         unsafe {
             if is_x86_feature_detected!("avx512vbmi") {
                 unpack_vbmi(plan, rows, row_bytes, visible, codes, scales);
             } else {
-                generic::unpack(plan, rows, row_bytes, visible, codes, scales, spread);
+                generic::unpack::<Self>(plan, rows, row_bytes, visible, codes, scales, spread);
             }
         }
     }
@@ -237,6 +270,23 @@ impl Kernels for Avx512 {
                     transpose_16(codes.add(t * stride + c), stride, out.add(c * TILE + 4 * t));
                 }
             }
+        }
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2")]
+    unsafe fn scan_mask(mask: *const u8, f16: bool, n: usize) -> (u64, u64) {
+        // SAFETY: as the caller promises
+        unsafe {
+            if !f16 || n != TILE {
+                return generic::scan_mask::<Self>(mask, f16, n);
+            }
+            let (low, high) = (_mm512_loadu_si512(mask.cast()), _mm512_loadu_si512(mask.add(64).cast()));
+            let hidden = _mm512_set1_epi16(half::f16::NEG_INFINITY.to_bits() as i16);
+            let size = _mm512_set1_epi16(0x7fff);
+            let both = |low: __mmask32, high: __mmask32| u64::from(low) | u64::from(high) << 32;
+            (
+                both(_mm512_cmpneq_epi16_mask(low, hidden), _mm512_cmpneq_epi16_mask(high, hidden)),
+                both(_mm512_test_epi16_mask(low, size), _mm512_test_epi16_mask(high, size)),
+            )
         }
     }
     generic::kernels!(#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2")]);

@@ -105,6 +105,17 @@ pub fn path() -> Path {
     })
 }
 
+/// Asks for `n` bytes to be brought into the cache.
+pub(crate) fn prefetch(p: *const u8, n: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for i in (0..n).step_by(64) {
+        // SAFETY: prefetching has no effect but on speed, whatever the address
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.wrapping_add(i).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (p, n);
+}
+
 /// Runs `$body` with `$isa` naming the type of the path to take.
 macro_rules! dispatch {
     ($isa:ident => $body:expr) => {
@@ -168,10 +179,10 @@ pub(crate) trait Isa: Kernels + Copy + 'static {
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
     /// to the nearest integer, ties to even
     unsafe fn round(a: Self::F) -> Self::F;
-    /// a * 2^n for integral n in -126..=127
-    unsafe fn scale2(a: Self::F, n: Self::F) -> Self::F;
-    /// a < b ? x : y, lane by lane
-    unsafe fn select_lt(a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
+    /// 2^a to 3 units in the last place; 0 below -126, no overflow below 127
+    unsafe fn exp2(a: Self::F) -> Self::F;
+    /// a * b, but 0 where a is 0, whatever b
+    unsafe fn mul_nonzero(a: Self::F, b: Self::F) -> Self::F;
     /// a == b ? x : y, lane by lane
     unsafe fn select_eq(a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
     /// bit i: a\[i\] > b\[i\]
@@ -185,8 +196,16 @@ pub(crate) trait Isa: Kernels + Copy + 'static {
     unsafe fn isplat(x: i32) -> Self::I;
     unsafe fn iload(p: *const i32) -> Self::I;
     unsafe fn iadd(a: Self::I, b: Self::I) -> Self::I;
+    /// wraps
+    unsafe fn isum(a: Self::I) -> i32;
     /// a * 256
     unsafe fn shl8(a: Self::I) -> Self::I;
+    /// floor(a / 256)
+    unsafe fn shr8(a: Self::I) -> Self::I;
+    /// to the nearest integer
+    unsafe fn to_i(a: Self::F) -> Self::I;
+    /// the low byte of each lane
+    unsafe fn store_bytes(p: *mut u8, a: Self::I);
     unsafe fn to_f(a: Self::I) -> Self::F;
     /// byte `J` of each lane, sign extended
     unsafe fn byte<const J: i32>(a: Self::I) -> Self::F;
@@ -201,11 +220,21 @@ pub(crate) trait Isa: Kernels + Copy + 'static {
 /// # Safety
 /// The machine must have the instruction set; pointers as the functions of [`generic`] say.
 pub(crate) trait Kernels {
-    unsafe fn unpack(plan: &UnpackPlan, rows: *const u8, row_bytes: usize, visible: u64, codes: *mut u8, scales: *mut f32);
+    unsafe fn unpack(
+        plan: &UnpackPlan,
+        rows: *const u8,
+        row_bytes: usize,
+        visible: u64,
+        codes: *mut u8,
+        scales: *mut f32,
+    );
     unsafe fn unpack_row(plan: &UnpackPlan, row: *const u8, codes: *mut u8) -> f32;
     unsafe fn pack_row(plan: &UnpackPlan, codes: *const u8, scale: f32, row: *mut u8);
     unsafe fn transpose(codes: *const u8, stride: usize, rank: usize, out: *mut u8);
     unsafe fn rebuild_keys(p: &generic::RebuildKeys);
+    unsafe fn score_keys(p: &generic::ScoreKeys);
+    unsafe fn prepare_nodes(p: &generic::PrepareNodes);
+    unsafe fn fill_basis(pos: *const i32, n: usize, middle: i32, half: f32, out: *mut f32);
     unsafe fn rebuild_values(p: &generic::RebuildValues);
     unsafe fn gemm_f32(p: &generic::Gemm<f32>);
     unsafe fn gemm_u8(p: &generic::Gemm<u8>);
@@ -214,7 +243,7 @@ pub(crate) trait Kernels {
     unsafe fn fill_trig(p: &generic::FillTrig);
     unsafe fn scan_mask(mask: *const u8, f16: bool, n: usize) -> (u64, u64);
     unsafe fn load_mask(mask: *const u8, f16: bool, n: usize, out: *mut f32);
-    unsafe fn softmax(p: &generic::Softmax) -> f32;
+    unsafe fn softmax(p: &generic::Softmax);
     unsafe fn merge(out: *mut f32, x: *const f32, weight: f32, n: usize);
     unsafe fn project_value(p: &generic::ProjectValue);
     unsafe fn finish_value(p: &generic::FinishValue);

@@ -58,7 +58,13 @@ impl Isa for Portable {
     unsafe fn load_f16(p: *const u16) -> F {
         // SAFETY: readable for a vector
         let h = unsafe { p.cast::<[u16; N]>().read_unaligned() };
-        map(|i| half::f16::from_bits(h[i]).to_f32())
+        // the exponent's bias is corrected by a multiplication, which also takes subnormal numbers along
+        map(|i| {
+            let (h, size) = (u32::from(h[i]), u32::from(h[i] & 0x7fff) << 13);
+            let finite = (f32::from_bits(size) * f32::from_bits(0x7780_0000)).to_bits();
+            let size = if size < 0x0f80_0000 { finite } else { size | 0x7f80_0000 };
+            f32::from_bits(size | (h & 0x8000) << 16)
+        })
     }
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> F {
@@ -105,12 +111,19 @@ impl Isa for Portable {
         map(|i| if a.0[i].abs() < 4_194_304.0 { (a.0[i] + MAGIC) - MAGIC } else { a.0[i] })
     }
     #[inline(always)]
-    unsafe fn scale2(a: F, n: F) -> F {
-        map(|i| a.0[i] * f32::from_bits((((n.0[i] as i32) + 127) as u32) << 23))
+    unsafe fn exp2(a: F) -> F {
+        map(|i| {
+            let x = a.0[i];
+            let n = x.clamp(-126.0, 127.0).floor();
+            let r = if x < -126.0 { 0.0 } else { x - n };
+            let e = generic::EXP2.iter().rev().fold(0.0, |e, c| mul_add(e, r, *c));
+            // not a number becomes 0 as an integer, and stays so in e
+            e * f32::from_bits(if x < -126.0 { 0 } else { ((n as i32) + 127) as u32 } << 23)
+        })
     }
     #[inline(always)]
-    unsafe fn select_lt(a: F, b: F, x: F, y: F) -> F {
-        map(|i| if a.0[i] < b.0[i] { x.0[i] } else { y.0[i] })
+    unsafe fn mul_nonzero(a: F, b: F) -> F {
+        map(|i| if a.0[i] == 0.0 { 0.0 } else { a.0[i] * b.0[i] })
     }
     #[inline(always)]
     unsafe fn select_eq(a: F, b: F, x: F, y: F) -> F {
@@ -149,6 +162,25 @@ impl Isa for Portable {
         imap(|i| a.0[i].wrapping_add(b.0[i]))
     }
     #[inline(always)]
+    unsafe fn isum(a: I) -> i32 {
+        a.0.into_iter().fold(0, i32::wrapping_add)
+    }
+    #[inline(always)]
+    unsafe fn shr8(a: I) -> I {
+        imap(|i| a.0[i] >> 8)
+    }
+    #[inline(always)]
+    unsafe fn to_i(a: F) -> I {
+        // SAFETY: arithmetic
+        let a = unsafe { Self::round(a) };
+        imap(|i| a.0[i] as i32)
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(p: *mut u8, a: I) {
+        // SAFETY: writable for a vector of bytes
+        unsafe { p.cast::<[u8; N]>().write_unaligned(std::array::from_fn(|i| a.0[i] as u8)) }
+    }
+    #[inline(always)]
     unsafe fn shl8(a: I) -> I {
         imap(|i| a.0[i] << 8)
     }
@@ -168,9 +200,16 @@ impl Isa for Portable {
 }
 
 impl Kernels for Portable {
-    unsafe fn unpack(plan: &UnpackPlan, rows: *const u8, row_bytes: usize, visible: u64, codes: *mut u8, scales: *mut f32) {
+    unsafe fn unpack(
+        plan: &UnpackPlan,
+        rows: *const u8,
+        row_bytes: usize,
+        visible: u64,
+        codes: *mut u8,
+        scales: *mut f32,
+    ) {
         // SAFETY: as the caller promises
-        unsafe { generic::unpack(plan, rows, row_bytes, visible, codes, scales, generic::spread) }
+        unsafe { generic::unpack::<Self>(plan, rows, row_bytes, visible, codes, scales, generic::spread) }
     }
     unsafe fn unpack_row(plan: &UnpackPlan, row: *const u8, codes: *mut u8) -> f32 {
         // SAFETY: as the caller promises
@@ -184,5 +223,27 @@ impl Kernels for Portable {
         // SAFETY: as the caller promises
         unsafe { generic::transpose(codes, stride, rank, out) }
     }
+    unsafe fn scan_mask(mask: *const u8, f16: bool, n: usize) -> (u64, u64) {
+        // SAFETY: as the caller promises
+        unsafe { generic::scan_mask::<Self>(mask, f16, n) }
+    }
     generic::kernels!();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_float_converts_as_it_should() {
+        for first in (0..=u16::MAX).step_by(N) {
+            let h: [u16; N] = std::array::from_fn(|i| first + i as u16);
+            // SAFETY: the array is as long as a vector
+            let f = unsafe { Portable::load_f16(h.as_ptr()) };
+            for i in 0..N {
+                let expected = half::f16::from_bits(h[i]).to_f32();
+                assert!(f.0[i] == expected || f.0[i].is_nan() && expected.is_nan(), "{:04x}", h[i]);
+            }
+        }
+    }
 }
