@@ -21,9 +21,9 @@ llama: lib
 demo: llama
 	$(PYTHON) scripts/demo.py
 
-# Unit tests first: they fail fastest. The runtime tests then drive the built llama.cpp as a user would.
+# One test at a time: llama.cpp takes every core, and two of it at once wait for each other.
 test: llama
-	$(CARGO) test --release --no-fail-fast
+	$(CARGO) test --release --no-fail-fast -- --test-threads 1
 
 bench: llama
 	$(CARGO) bench

@@ -44,7 +44,7 @@ pub struct Meta {
     /// file name of the calibration text, or "self"
     pub calibration: String,
     pub calibration_tokens: u64,
-    /// how distortion was weighted, e.g. "query+output, measured"
+    /// how distortion was weighted, e.g. "attention+output, measured"
     pub metric: String,
     /// the command's options, for people
     pub options: String,

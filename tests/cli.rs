@@ -47,7 +47,7 @@ fn sample(path: &Path) {
         calibration_hash: 1,
         calibration: "text.txt".into(),
         calibration_tokens: 1000,
-        metric: "query+output, measured".into(),
+        metric: "attention+output, measured".into(),
         options: "--bits-per-value 4".into(),
     };
     let layers = (0..2).map(|il| LayerFile { il, sides: [side(24), side(16)] }).collect();
@@ -78,7 +78,7 @@ fn inspect_tells_sizes_ranks_and_origin() {
     sample(Path::new(&file));
     let output = palu(&["inspect", &file]);
     assert!(output.status.success());
-    for part in ["sample", "llama", "0000000000000abc", "text.txt", "query+output, measured", "bytes per token", "% of f16"] {
+    for part in ["sample", "llama", "0000000000000abc", "text.txt", "attention+output, measured", "bytes per token", "% of f16"] {
         assert!(stdout(&output).contains(part), "{part} in\n{}", stdout(&output));
     }
 

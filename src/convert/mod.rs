@@ -193,7 +193,7 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
     // a token, so that the graph has described every layer
     model.eval(&[model.token_bos.unwrap_or(0)], false, 0, &mut [])?;
     let shapes = tap.layers();
-    ensure!(!shapes.is_empty(), "{} models have no attention layer that can be compressed", model.arch);
+    ensure!(!shapes.is_empty(), "{} models have no layer that can be compressed: no KV cache, or none of plain keys and values (latent attention, recurrence)", model.arch);
     let last = shapes.keys().copied().max().unwrap_or(0);
     ensure!(last < model.n_layer, "the runtime described layer {last} of {}", model.n_layer);
     check_budget(options, &shapes)?;
