@@ -123,7 +123,7 @@ def main():
     for name, size, args in caches:
         quality = cached(f"kld-{digest(tools, *args)}", lambda: perplexity(args, name))
         fast = cached(f"speed-{digest(tools, THREADS, *args)}", lambda: speed(args, name))
-        rows.append([name, f"{size:.0f}", f"{100 * size / f16:.1f}%", f"{quality['ppl']:.3f}", f"{quality['kld']:.5f}",
+        rows.append([name, f"{size:.0f}", f"{100 * size / f16:.1f}%", f"{quality['ppl']:.3f}", f"{abs(quality['kld']):.5f}",
                      f"{quality['kld999']:.4f}", f"{fast['prefill']:.0f}", f"{fast['decode'][0]:.0f}", f"{fast['decode'][1]:.0f}"])
     head = ["cache", "bytes/token", "of f16", "PPL", "mean KLD", "99.9% KLD", "prefill tok/s", "decode @0", f"decode @{DEPTH}"]
     print(f"\n{MODEL.name}: WikiText-2 test, -c 2048, 16 chunks; llama-bench with {THREADS} threads\n")
