@@ -3,7 +3,7 @@
 //! generated here (`make docs`), and held against what happens.
 
 mod runtime;
-use runtime::{cache_dir, llama, nmse, palu, steps, succeed, text};
+use runtime::{cache_dir, llama, logits, nmse, palu, steps, succeed, text};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -30,7 +30,8 @@ fn try_model(model: &Path, dir: &Path) -> Outcome {
     // without flash attention, which would read an f32 cache as f16
     let options = ["--type", "f32", "--fa", "0", "--ctx", "256", "--threads", "1"];
     let name = model.file_stem().unwrap().to_str().unwrap();
-    let stock = llama("palu-steps").arg(model).arg(dir.join(format!("{name}.f32"))).args(options).args(SCRIPT).output().unwrap();
+    let stock_logits = dir.join(format!("{name}.f32"));
+    let stock = llama("palu-steps").arg(model).arg(&stock_logits).args(options).args(SCRIPT).output().unwrap();
     if !stock.status.success() {
         return Outcome::NotCausal(stock.status.to_string());
     }
@@ -46,7 +47,7 @@ fn try_model(model: &Path, dir: &Path) -> Outcome {
         assert!(!projection.exists(), "{name}: refused, but a file was left");
         return Outcome::Refused(reason(&stderr));
     }
-    let expected = steps(model, &[&options[..], &SCRIPT].concat());
+    let expected = logits(&stock_logits);
     let got = steps(model, &[&["--palu", projection.to_str().unwrap()], &options[4..], &SCRIPT].concat());
     Outcome::Served { nmse: nmse(&expected, &got) }
 }

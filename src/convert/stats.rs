@@ -13,7 +13,7 @@ use faer::{Accum, Mat, MatMut, MatRef, Par};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Rows of a moment matrix that one thread forms at a time.
 const BLOCK_ROWS: usize = 64;
@@ -321,6 +321,14 @@ impl Tap {
         Self { n_pos, state: RwLock::new(State { layers: BTreeMap::new(), mode: Mode::Pass }), error: Mutex::new(None) }
     }
 
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// `palu_tap_describe`
     pub fn describe(
         &self,
@@ -331,7 +339,7 @@ impl Tap {
         head_dim_v: usize,
         rope: RopeParams,
     ) -> Result<()> {
-        let result = self.describe_checked(il, n_head, n_head_kv, head_dim_k, head_dim_v, rope);
+        let result = self.describe_checked(il, LayerShape { n_head, n_head_kv, head_dim_k, head_dim_v, rope });
         self.keep_error(&result);
         result
     }
@@ -342,22 +350,14 @@ impl Tap {
         }
     }
 
-    fn describe_checked(
-        &self,
-        il: usize,
-        n_head: usize,
-        n_head_kv: usize,
-        head_dim_k: usize,
-        head_dim_v: usize,
-        rope: RopeParams,
-    ) -> Result<()> {
+    fn describe_checked(&self, il: usize, shape: LayerShape) -> Result<()> {
+        let LayerShape { n_head, n_head_kv, head_dim_k, head_dim_v, ref rope } = shape;
         ensure!(
             n_head_kv > 0 && head_dim_k > 0 && head_dim_v > 0 && n_head >= n_head_kv && n_head.is_multiple_of(n_head_kv),
             "layer {il}: {n_head} query heads over {n_head_kv} KV heads of {head_dim_k} and {head_dim_v} dimensions"
         );
         rope.check(head_dim_k)?;
-        let shape = LayerShape { n_head, n_head_kv, head_dim_k, head_dim_v, rope };
-        let mut state = self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut state = self.write();
         if let Some((known, _)) = state.layers.get(&il) {
             ensure!(*known == shape, "layer {il} was described in two ways");
             return Ok(());
@@ -370,13 +370,13 @@ impl Tap {
 
     /// Shape and rotations of a layer that was described.
     pub fn layer(&self, il: usize) -> (LayerShape, Arc<RopeTable>) {
-        let state = self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let state = self.read();
         state.layers[&il].clone()
     }
 
     /// Takes what the last window left, layer after layer.
     pub fn take_windows(&self) -> Vec<Window> {
-        let state = self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let state = self.read();
         let Mode::Collect(layers) = &state.mode else { return Vec::new() };
         let take = |l: &LayerStats| {
             let mut window = lock(&l.window);
@@ -387,19 +387,19 @@ impl Tap {
     }
 
     pub fn layers(&self) -> BTreeMap<usize, LayerShape> {
-        let state = self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let state = self.read();
         state.layers.iter().map(|(&il, (shape, _))| (il, shape.clone())).collect()
     }
 
     /// Gives the tap something else to do; returns what it did, with what it collected.
     pub fn replace_mode(&self, mode: Mode) -> Mode {
-        let mut state = self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut state = self.write();
         std::mem::replace(&mut state.mode, mode)
     }
 
     /// The first layer of those being collected whose sums are not finite.
     pub fn find_non_finite(&self) -> Option<(usize, Side)> {
-        let state = self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let state = self.read();
         let Mode::Collect(layers) = &state.mode else { return None };
         for (&il, stats) in layers {
             for side in SIDES {
@@ -433,7 +433,7 @@ impl Tap {
             1 => Side::Value,
             other => bail!("there is no side {other}"),
         };
-        let state = self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let state = self.read();
         let il = p.il as usize;
         let Some((shape, _)) = state.layers.get(&il) else { bail!("layer {} was not described", p.il) };
         ensure!(!p.x.is_null() && !p.out.is_null() && p.n_token >= 0, "a null pointer, or {} tokens", p.n_token);

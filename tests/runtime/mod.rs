@@ -101,7 +101,13 @@ pub fn converted(bits: &str, options: &[&str]) -> PathBuf {
 pub fn steps(model: &Path, args: &[&str]) -> Vec<f32> {
     let out = tempfile::NamedTempFile::new().unwrap();
     succeed(llama("palu-steps").arg(model).arg(out.path()).args(args));
-    let bytes = std::fs::read(out.path()).unwrap();
+    logits(out.path())
+}
+
+/// The logits in a file that `palu-steps` wrote.
+#[track_caller]
+pub fn logits(path: &Path) -> Vec<f32> {
+    let bytes = std::fs::read(path).unwrap();
     assert!(!bytes.is_empty());
     bytes.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect()
 }
