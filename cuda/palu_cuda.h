@@ -29,7 +29,7 @@ typedef struct palu_cuda_group {
     int32_t step0;     // first of its rank entries in palu_cuda_side.step
     int32_t row_offset;// byte of the row at which its scale (f16) stands; the codes follow
     int32_t row_end;   // byte of the row after its last code
-    int64_t dec0;      // first byte of its decoder [d][rank_pad] in palu_cuda_side.dec, a multiple of 16; d = group_size*head_dim
+    int64_t dec0;      // first byte of its decoder [planes][d][rank_pad] in palu_cuda_side.dec, a multiple of 16; d = group_size*head_dim
     int64_t enc0;      // first element of its encoder [rank][d] in palu_cuda_side.enc
 } palu_cuda_group;
 
@@ -37,8 +37,8 @@ typedef struct palu_cuda_group {
 typedef struct palu_cuda_side {
     const palu_cuda_group * groups; // [n_group]
     const uint32_t * segs;          // per group [rank/8]: byte of the row at which the segment's codes begin | bits << 24
-    const int8_t   * dec;           // per group [group_size*head_dim][rank_pad], 16-byte aligned; keys: channels in the order
-                                    // of palu_cuda_key_channel()
+    const int8_t   * dec;           // per group [planes][group_size*head_dim][rank_pad], 16-byte aligned; keys: channels in the
+                                    // order of palu_cuda_key_channel()
     const float    * dec_scale;     // [n_head_kv*head_dim]
     const float    * dec_half;      // [n_head_kv*head_dim] half the sum over c of weight[d][c] (keys; may be NULL for values)
     const float    * mean;          // [n_head_kv*head_dim]
@@ -52,6 +52,7 @@ typedef struct palu_cuda_side {
     int32_t rank_max;               // largest rank of a group
     int32_t row_span_max;           // largest row_end - row_offset of a group
     int32_t rank_sum;               // over all groups
+    int32_t planes;                 // bytes of a weight, the upper one first: 1, or 2 with weight = 256*plane[0] + plane[1], both signed
 } palu_cuda_side;
 
 // RoPE as tables, so that NORM, NEOX, partial RoPE, frequency factors and YaRN are all the same to a kernel. Every
@@ -113,6 +114,19 @@ typedef struct palu_cuda_store {
     int32_t         n_token;
 } palu_cuda_store;
 
+// Rows back to f16, as an f16 cache would hold them: keys rotated by the cells' positions. For prompt processing, where
+// ordinary flash attention then reads the result once per query tile.
+typedef struct palu_cuda_rebuild {
+    palu_cuda_side  side;
+    palu_cuda_rope  rope;       // values: pair_dim is NULL, and nothing is rotated
+    const uint8_t * rows;       // [n_stream][n_kv][row_bytes], 16-byte aligned
+    int64_t         rows_nb_stream;
+    const int32_t * pos;        // [n_stream][n_kv], or NULL with rope.pair_dim NULL
+    uint16_t      * out;        // f16 [n_stream][n_kv][n_head_kv][head_dim]
+    int32_t         n_stream;
+    int32_t         n_kv;
+} palu_cuda_rebuild;
+
 // Kernels (extern "C"; the struct is the only parameter, passed by value):
 //   palu_project (palu_cuda_store)  grid (ceil(rank_sum/16), ceil(n_token/8)), 128 threads
 //   palu_quantize(palu_cuda_store)  grid (n_token, n_group), 128 threads, dynamic shared memory 5*rank_max + 64 bytes
@@ -123,6 +137,33 @@ typedef struct palu_cuda_store {
 //                                   dynamic shared memory palu_cuda_sm90_smem()
 //   palu_combine (palu_cuda_attn)   after either decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 256 threads,
 //                                   dynamic shared memory 4*(rank_stride + 32 + n_chunk + 256) bytes
+
+//   palu_rebuild (palu_cuda_rebuild)
+//
+// Which kernel runs with which launch shape is decided on the host, in plan.c.
+
+typedef struct palu_cuda_device {
+    int32_t arch;       // compute capability, 10*major + minor
+    int32_t n_sm;
+    int32_t smem_optin; // bytes of shared memory that a block may have
+} palu_cuda_device;
+
+typedef struct palu_cuda_launch {
+    const char * kernel; // NULL: nothing to launch
+    uint32_t     grid[3];
+    uint32_t     block;
+    uint32_t     smem;   // dynamic shared memory, bytes
+} palu_cuda_launch;
+
+// Each fills in the fields of *p that the kernels share with the plan, and the launches in order. The device pointers of *p
+// are not read; groups: the host's copies of p->k.groups and so on. Returns 0, or -1 if no kernel can do it.
+int palu_cuda_plan_store  (const palu_cuda_device * dev, palu_cuda_store   * p, const palu_cuda_group * groups, palu_cuda_launch out[2]);
+int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);
+int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]);
+
+// Scratch that a planned p needs: floats at palu_cuda_store.latent and at palu_cuda_attn.partial.
+size_t palu_cuda_latent_size (const palu_cuda_store * p);
+size_t palu_cuda_partial_size(const palu_cuda_attn  * p);
 
 // Where channel c of a key decoder's row stands: of every 32 channels, first the lower halves of the four segments, then
 // the upper halves. Then a thread of a tensor core instruction holds a whole segment.
