@@ -117,7 +117,13 @@ fn bessel(n: usize, x: f64) -> f64 {
 
 impl SlowKeys {
     /// `None` where it would not pay.
-    fn new(side: &SideProj, codec: &Codec, angles: Option<&Angles>, order: &[usize]) -> Option<Self> {
+    fn new(
+        side: &SideProj,
+        codec: &Codec,
+        angles: Option<&Angles>,
+        order: &[usize],
+        pairs: &[(usize, usize)],
+    ) -> Option<Self> {
         let frequency = angles.map_or(&[][..], |a| &a.frequency);
         let slow = |f: &f64| f.abs() * f64::from(HALF_WINDOW) <= SLOW_PHASE;
         let n_fast = frequency.iter().rposition(|f| !slow(f)).map_or(0, |last| last + 1);
@@ -145,7 +151,7 @@ impl SlowKeys {
             .collect();
         for (group, codes) in side.groups.iter().zip(&codec.groups) {
             let (rank, stride) = (group.rank, codes.plan.stride);
-            let decoder = Decoder::new(group, 1);
+            let decoder = Decoder::new(group, 1, pairs);
             let mut dec = vec![128u8; group.n_head * n_dim * stride];
             let (mut scale, mut mean) = (vec![0.0; group.n_head * n_dim], vec![0.0; group.n_head * n_dim]);
             for head in 0..group.n_head {
@@ -199,9 +205,9 @@ struct KeyGroup {
 }
 
 impl KeyGroup {
-    fn new(side: &SideProj, group: &Group, planes: usize, order: &[usize]) -> Self {
+    fn new(side: &SideProj, group: &Group, planes: usize, order: &[usize], pairs: &[(usize, usize)]) -> Self {
         let (rank, n) = (group.rank, side.head_dim);
-        let decoder = Decoder::new(group, planes);
+        let decoder = Decoder::new(group, planes, pairs);
         let mut dec = vec![0i8; group.n_head * planes * n * rank];
         let (mut init, mut half) = (vec![0i32; group.n_head * n], vec![0.0; group.n_head * n]);
         let (mut scale, mut mean) = (half.clone(), half.clone());
@@ -369,17 +375,17 @@ impl AttnLayer {
         rope.check(k.head_dim)?;
         let mut order = Vec::with_capacity(k.head_dim);
         let mut angles = None;
+        let pairs = rope.pairs();
         if rope.kind != RopeKind::None {
-            let pairs: Vec<_> = (0..rope.n_rot / 2).map(|i| rope.pair(i)).collect();
             order.extend(pairs.iter().map(|p| p.0));
             order.extend(pairs.iter().map(|p| p.1));
             angles = Some(Angles::shared(rope));
         }
         order.extend((0..k.head_dim).filter(|d| !order.contains(d)).collect::<Vec<_>>());
-        let codecs = [Codec::new(k), Codec::new(v)];
-        let keys = k.groups.iter().map(|g| KeyGroup::new(k, g, codecs[0].planes, &order)).collect();
+        let codecs = [Codec::with_pairs(k, &pairs), Codec::new(v)];
+        let keys = k.groups.iter().map(|g| KeyGroup::new(k, g, codecs[0].planes, &order, &pairs)).collect();
         let in_order = order.iter().copied().eq(0..k.head_dim);
-        let slow = SlowKeys::new(k, &codecs[0], angles.as_deref(), &order);
+        let slow = SlowKeys::new(k, &codecs[0], angles.as_deref(), &order, &pairs);
         Ok(Self { codecs, keys, slow, angles, order, in_order })
     }
 

@@ -5,7 +5,8 @@
 //! (c - (2^b - 1)/2) * step * scale, and a token is mean + the sum of its latent values times the decoder's rows.
 //!
 //! Decoding is done in integers: a [`Decoder`] holds the decoder times the steps, rounded to 8 or 16 bits with one scale
-//! per dimension. It *defines* what a row decodes to, here and in attention.
+//! per dimension. It *defines* what a row decodes to, here and in attention, on the CPU and on a GPU. Two dimensions that
+//! RoPE turns into each other share a scale, so that a kernel can rotate before it scales.
 
 use crate::kernels::generic::{Gemm, Quantize, RebuildValues};
 use crate::kernels::{dispatch, room, round_up, Aligned, Arena, Isa, Kernels, UnpackPlan, BLOCK, PAD, TILE};
@@ -38,25 +39,36 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    pub fn new(group: &Group, planes: usize) -> Self {
+    /// `pairs`: dimensions of a head that share a scale; see [`crate::rope::RopeParams::pairs`].
+    pub fn new(group: &Group, planes: usize, pairs: &[(usize, usize)]) -> Self {
         let rank = group.rank;
         let d = group.dec.len() / rank.max(1);
         let levels = |c: usize| f64::from((1u32 << group.bits[c / SEGMENT]) - 1);
         let mut decoder = Self { rank, weight: Vec::with_capacity(d * rank), scale: Vec::new(), offset2: Vec::new() };
-        for i in 0..d {
-            let column: Vec<f64> =
-                (0..rank).map(|c| f64::from(group.dec[c * d + i]) * f64::from(group.step[c])).collect();
-            let top = column.iter().fold(0.0f64, |top, x| top.max(x.abs()));
-            let scale = if planes == 1 {
-                top / 127.0
-            } else {
+        let column = |i: usize| (0..rank).map(move |c| f64::from(group.dec[c * d + i]) * f64::from(group.step[c]));
+        let mut scales: Vec<f64> = (0..d)
+            .map(|i| {
+                let top = column(i).fold(0.0f64, |top, x| top.max(x.abs()));
+                if planes == 1 {
+                    return top / 127.0;
+                }
                 // sums stay below 2^31
-                let sum: f64 = column.iter().enumerate().map(|(c, x)| x.abs() * levels(c) / 2.0).sum();
+                let sum: f64 = column(i).enumerate().map(|(c, x)| x.abs() * levels(c) / 2.0).sum();
                 (top / 32512.0).max(sum / f64::from(1u32 << 30))
-            } as f32;
+            })
+            .collect();
+        let head_dim = d / group.n_head;
+        for head in (0..if rank > 0 { group.n_head } else { 0 }).map(|h| h * head_dim) {
+            for &(a, b) in pairs {
+                let scale = scales[head + a].max(scales[head + b]);
+                (scales[head + a], scales[head + b]) = (scale, scale);
+            }
+        }
+        for i in 0..d {
+            let scale = scales[i] as f32;
             let start = decoder.weight.len();
             let limit = if planes == 1 { 127.0 } else { 32512.0 };
-            decoder.weight.extend(column.iter().map(|x| match x / f64::from(scale) {
+            decoder.weight.extend(column(i).map(|x| match x / f64::from(scale) {
                 w if w.is_finite() => w.round().clamp(-limit, limit) as i32,
                 _ => 0,
             }));
@@ -153,7 +165,7 @@ pub(crate) struct HeadDecoder {
 }
 
 impl GroupCodec {
-    fn new(side: &SideProj, group: &Group, planes: usize, dim: usize) -> Self {
+    fn new(side: &SideProj, group: &Group, planes: usize, dim: usize, pairs: &[(usize, usize)]) -> Self {
         let (rank, head_dim) = (group.rank, side.head_dim);
         let d = group.n_head * head_dim;
         let plan = UnpackPlan::new(side.row_bytes, group.offset, &group.bits);
@@ -168,7 +180,7 @@ impl GroupCodec {
         let padded =
             |f: &dyn Fn(usize) -> f32| (0..stride).map(|c| if c < rank { f(c) } else { 0.0 }).collect::<Vec<f32>>();
 
-        let decoder = Decoder::new(group, planes);
+        let decoder = Decoder::new(group, planes, pairs);
         let mut dec = vec![0i8; group.n_head * planes * rank * dim];
         let (mut init, mut dec_half) = (vec![0i32; group.n_head * dim], vec![0.0; group.n_head * dim]);
         let (mut scale, mut mean) = (vec![0.0; group.n_head * dim], vec![0.0; group.n_head * dim]);
@@ -234,10 +246,16 @@ const SEARCH_PATIENCE: usize = 3;
 const SEARCH_REFINEMENTS: usize = 2;
 
 impl Codec {
+    /// The codec of values, and of keys that are not rotated.
     pub fn new(side: &SideProj) -> Self {
+        Self::with_pairs(side, &[])
+    }
+
+    /// The codec of keys whose dimensions `pairs` are rotated into each other.
+    pub fn with_pairs(side: &SideProj, pairs: &[(usize, usize)]) -> Self {
         let planes = planes(side);
         let dim = round_up(side.head_dim, PAD);
-        let groups: Vec<GroupCodec> = side.groups.iter().map(|g| GroupCodec::new(side, g, planes, dim)).collect();
+        let groups: Vec<GroupCodec> = side.groups.iter().map(|g| GroupCodec::new(side, g, planes, dim, pairs)).collect();
         let mut group_of_head = vec![0; side.n_head_kv];
         for (i, g) in groups.iter().enumerate() {
             group_of_head[g.head0..g.head0 + g.n_head].fill(i);

@@ -81,6 +81,11 @@ impl RopeParams {
         }
     }
 
+    /// All rotated pairs; none without RoPE.
+    pub fn pairs(&self) -> Vec<(usize, usize)> {
+        (0..if self.kind == RopeKind::None { 0 } else { self.n_rot / 2 }).map(|i| self.pair(i)).collect()
+    }
+
     /// Radians per position of each pair, and the magnitude that the rotation multiplies by.
     ///
     /// Linear in the position: YaRN only mixes frequencies. The frequency ratio is rounded to f32 first, as ggml does,

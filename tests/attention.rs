@@ -257,7 +257,8 @@ impl Case {
     /// The same in f64 and the plainest way. `exact`: with the file's decoder instead of the integer one.
     fn reference(&self, inputs: &Inputs, exact: bool) -> Vec<f64> {
         let rebuild = |side: &SideProj, rows: &[u8]| -> Vec<Vec<f64>> {
-            let decoders: Vec<Decoder> = side.groups.iter().map(|g| Decoder::new(g, planes(side))).collect();
+            let pairs = if side.side == Side::Key { self.rope.pairs() } else { Vec::new() };
+            let decoders: Vec<Decoder> = side.groups.iter().map(|g| Decoder::new(g, planes(side), &pairs)).collect();
             rows.chunks(side.row_bytes)
                 .map(|row| {
                     (0..side.groups.len())

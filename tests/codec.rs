@@ -61,7 +61,7 @@ fn rows_decode_as_the_integer_decoder_says() {
                 assert!(row[used..].iter().all(|&b| b == 0), "padding is zero");
                 for (g, group) in side.groups.iter().enumerate() {
                     let (scale, codes) = read_row(&side, g, row);
-                    let decoder = Decoder::new(group, planes(&side));
+                    let decoder = Decoder::new(group, planes(&side), &[]);
                     let exact = common::rebuild_exactly(&side, g, scale, &codes);
                     for i in 0..group.n_head * head_dim {
                         let at = group.head0 * head_dim + i;
