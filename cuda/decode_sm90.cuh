@@ -873,7 +873,6 @@ static __device__ __forceinline__ void decode_sm90(const palu_cuda_attn & p) {
 
 #endif
 
-// name: palu_decode_sm90_<head_dim>_<heads_per_cta>_<key channels/32>_<value channels/128>, _scaled for trig_scale < 1
 #ifdef PALU_SM90
 #define PALU_DECODE_SM90(HD, HS, KS, UN, SUFFIX, SCALE) \
     extern "C" __global__ void __launch_bounds__((KS <= 4 ? 5 : KS <= 8 ? 4 : 3)*128, 1) \
@@ -885,10 +884,5 @@ static __device__ __forceinline__ void decode_sm90(const palu_cuda_attn & p) {
     extern "C" __global__ void palu_decode_sm90_##HD##_##HS##_##KS##_##UN##SUFFIX(const __grid_constant__ palu_cuda_attn p) {}
 #endif
 
-// X(head_dim, heads_per_cta, key channels/32, value channels/128)
-#define PALU_SM90_KERNELS(X) \
-    X(128, 4, 4, 3) X(128, 4, 8, 3) X(128, 2, 8, 3) X(128, 2, 14, 5) X(128, 1, 8, 3) X(128, 1, 16, 5) \
-    X(64, 4, 4, 3) X(64, 4, 8, 3) X(64, 2, 16, 5)
-
 #define PALU_BOTH(HD, HS, KS, UN) PALU_DECODE_SM90(HD, HS, KS, UN, , false) PALU_DECODE_SM90(HD, HS, KS, UN, _scaled, true)
-PALU_SM90_KERNELS(PALU_BOTH)
+PALU_CUDA_SM90_KERNELS(PALU_BOTH)

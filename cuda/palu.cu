@@ -248,6 +248,7 @@ extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_const
         sums[tid*8 + 2] = 0.0f;
     }
     const int8_t * dec = p.k.dec + gk.dec0 + (int64_t)(head%p.k.group_size)*hd*gk.rank_pad;
+    const int64_t plane_k = (int64_t) p.k.group_size*hd*gk.rank_pad;
     const float * mean = p.k.mean + (int64_t) head*hd;
     const float * dec_scale = p.k.dec_scale + (int64_t) head*hd;
     const float * dec_half = p.k.dec_half + (int64_t) head*hd;
@@ -293,11 +294,16 @@ extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_const
             for (int side = 0; side < 2; side++) {
                 const int dim = p.rope.pair_dim[pair*2 + side];
                 const int8_t * w = dec + (int64_t) dim*gk.rank_pad;
-                int sum = 0;
-                for (int c = 0; c < gk.rank_pad; c += 4) {
-                    sum = __dp4a(*(const int *)(codes + t*pad + c), *(const int *)(w + c), sum);
+                float sum = 0.0f;
+                for (int plane = 0; plane < p.k.planes; plane++) {
+                    int part = 0;
+                    for (int c = 0; c < gk.rank_pad; c += 4) {
+                        part = __dp4a(*(const int *)(codes + t*pad + c), *(const int *)(w + c), part);
+                    }
+                    sum = 256.0f*sum + (float) part;
+                    w += plane_k;
                 }
-                const float latent = gk.rank ? scale_k[t]*(dec_scale[dim]*((float) sum + dec_half[dim])) : 0.0f;
+                const float latent = gk.rank ? scale_k[t]*(dec_scale[dim]*(sum + dec_half[dim])) : 0.0f;
                 x[side] = latent + mean[dim];
             }
             float sn, cs;
@@ -445,18 +451,21 @@ extern "C" __global__ void __launch_bounds__(256) palu_combine(const __grid_cons
     const int d = blockIdx.x/p.n_head*32 + tid/8;
     float x = 0.0f;
     if (d < hd) {
-        const int4 * w = (const int4 *)(p.v.dec + g.dec0 + (int64_t)(head%p.v.group_size*hd + d)*g.rank_pad);
+        for (int plane = 0; plane < p.v.planes; plane++) {
+            x *= 256.0f;
+            const int4 * w = (const int4 *)(p.v.dec + g.dec0 + (((int64_t) plane*p.v.group_size + head%p.v.group_size)*hd + d)*g.rank_pad);
 #pragma unroll 5
-        for (int i = tid%8; i < g.rank_pad/16; i += 8) {
-            const int4 v = __ldg(w + i);
-            const int word[4] = { v.x, v.y, v.z, v.w };
+            for (int i = tid%8; i < g.rank_pad/16; i += 8) {
+                const int4 v = __ldg(w + i);
+                const int word[4] = { v.x, v.y, v.z, v.w };
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float4 y = *(const float4 *)(u + i*16 + j*4);
-                x = fmaf((float) (int8_t) word[j], y.x, x);
-                x = fmaf((float) (int8_t) (word[j] >> 8), y.y, x);
-                x = fmaf((float) (int8_t) (word[j] >> 16), y.z, x);
-                x = fmaf((float) (word[j] >> 24), y.w, x);
+                for (int j = 0; j < 4; j++) {
+                    const float4 y = *(const float4 *)(u + i*16 + j*4);
+                    x = fmaf((float) (int8_t) word[j], y.x, x);
+                    x = fmaf((float) (int8_t) (word[j] >> 8), y.y, x);
+                    x = fmaf((float) (int8_t) (word[j] >> 16), y.z, x);
+                    x = fmaf((float) (word[j] >> 24), y.w, x);
+                }
             }
         }
     }

@@ -207,6 +207,13 @@ static inline size_t palu_cuda_sm90_smem(const palu_cuda_attn * p, int32_t k_ste
          + 256;
 }
 
+// Kernels of decode_sm90: X(head_dim, heads_per_cta, key channels/32, value channels/128), in the order in which they are
+// tried. Names are palu_decode_sm90_<head_dim>_<heads_per_cta>_<key channels/32>_<value channels/128>, _scaled for
+// trig_scale < 1.
+#define PALU_CUDA_SM90_KERNELS(X) \
+    X(128, 4, 4, 3) X(128, 4, 8, 3) X(128, 2, 8, 3) X(128, 2, 14, 5) X(128, 1, 8, 3) X(128, 1, 16, 5) \
+    X(64, 4, 4, 3) X(64, 4, 8, 3) X(64, 2, 16, 5)
+
 #ifdef __cplusplus
 }
 #endif

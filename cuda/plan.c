@@ -1,0 +1,129 @@
+// plan.c - which kernel runs, with which launch shape: the one place where this is decided.
+
+#include "palu_cuda.h"
+
+#include <string.h>
+
+#define SMEM_DEFAULT 49152 // bytes of shared memory that every device gives a block
+
+static int32_t min32(int32_t a, int32_t b) { return a < b ? a : b; }
+static int32_t ceil_div(int64_t a, int64_t b) { return (int32_t)((a + b - 1)/b); }
+
+static int set_launch(const palu_cuda_device * dev, palu_cuda_launch * out, const char * kernel, int64_t x, int64_t y, int64_t z, uint32_t block, size_t smem) {
+    memset(out, 0, sizeof(*out));
+    if (x == 0 || y == 0 || z == 0) {
+        return 0;
+    }
+    if (x > 0x7fffffff || y > 65535 || z > 65535 || smem > (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT)) {
+        return -1;
+    }
+    out->kernel = kernel;
+    out->grid[0] = (uint32_t) x;
+    out->grid[1] = (uint32_t) y;
+    out->grid[2] = (uint32_t) z;
+    out->block = block;
+    out->smem = (uint32_t) smem;
+    return 0;
+}
+
+//
+// Store
+//
+
+int palu_cuda_plan_store(const palu_cuda_device * dev, palu_cuda_store * p, const palu_cuda_group * groups, palu_cuda_launch out[2]) {
+    (void) groups;
+    const palu_cuda_side * s = &p->side;
+    if (set_launch(dev, &out[0], "palu_project", ceil_div(s->rank_sum, 16), ceil_div(p->n_token, 8), 1, 128, 0)) {
+        return -1;
+    }
+    return set_launch(dev, &out[1], "palu_quantize", p->n_token, s->n_group, 1, 128, 5*(size_t) s->rank_max + 64);
+}
+
+size_t palu_cuda_latent_size(const palu_cuda_store * p) { return (size_t) p->n_token*p->side.rank_sum; }
+
+//
+// Rebuild
+//
+
+int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]) {
+    (void) dev;
+    (void) p;
+    (void) groups;
+    memset(out, 0, sizeof(*out));
+    return -1;
+}
+
+//
+// Decode attention
+//
+
+// Splits the context so that about n_block blocks run at once, with `others` blocks for every chunk.
+static void split(palu_cuda_attn * p, int64_t n_block, int64_t others) {
+    const int32_t tiles = palu_cuda_max32(1, ceil_div(p->n_kv, PALU_CUDA_TILE));
+    const int32_t n = palu_cuda_max32(1, min32(tiles, (int32_t)(n_block/(others > 0 ? others : 1))));
+    p->chunk_tiles = ceil_div(tiles, n);
+    p->n_chunk = ceil_div(tiles, p->chunk_tiles);
+}
+
+static const struct sm90_kernel {
+    int32_t head_dim, heads, k_steps, v_units; // as in the name
+    const char * name;
+    const char * name_scaled;
+} sm90_kernels[] = {
+#define X(HD, HS, KS, UN) { HD, HS, KS, UN, "palu_decode_sm90_" #HD "_" #HS "_" #KS "_" #UN, "palu_decode_sm90_" #HD "_" #HS "_" #KS "_" #UN "_scaled" },
+    PALU_CUDA_SM90_KERNELS(X)
+#undef X
+};
+
+// Returns 0, or -1 if none of them fits.
+static int plan_sm90(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
+    if (dev->arch != 90 || p->k.planes != 1 || p->v.planes != 1 || p->k.head_dim != p->v.head_dim || p->n_kv == 0) {
+        return -1;
+    }
+    const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token; // query rows of a KV head
+    for (size_t i = 0; i < sizeof(sm90_kernels)/sizeof(sm90_kernels[0]); i++) {
+        const struct sm90_kernel * f = &sm90_kernels[i];
+        if (f->head_dim != p->k.head_dim || f->heads*cols > 8 || p->k.group_size%f->heads || p->v.group_size%f->heads ||
+            f->k_steps*32 < p->k.rank_max || f->v_units*128 < p->v.rank_max) {
+            continue;
+        }
+        p->heads_per_cta = f->heads;
+        p->k_stage_words = palu_cuda_stage_words(&p->k);
+        p->v_stage_words = palu_cuda_stage_words(&p->v);
+        const size_t smem = palu_cuda_sm90_smem(p, f->k_steps);
+        if (smem > (size_t) dev->smem_optin) {
+            continue;
+        }
+        const int32_t blocks = p->k.n_head_kv/f->heads;
+        split(p, dev->n_sm, (int64_t) blocks*p->n_stream);
+        return set_launch(dev, out, p->trig_scale < 1.0f ? f->name_scaled : f->name, p->n_chunk, blocks, p->n_stream,
+            128*(uint32_t)(palu_cuda_sm90_score(f->k_steps) + palu_cuda_sm90_value(f->k_steps)), smem);
+    }
+    return -1;
+}
+
+static int plan_general(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
+    const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
+    const int64_t blocks = p->k.n_head_kv*(int64_t) ceil_div(cols, 8);
+    split(p, (int64_t) dev->n_sm*2, blocks*p->n_stream); // at least two of these blocks fit a multiprocessor
+    return set_launch(dev, out, "palu_decode", p->n_chunk, blocks, p->n_stream, 128, palu_cuda_decode_smem(p));
+}
+
+int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]) {
+    (void) groups_k;
+    (void) groups_v;
+    memset(out, 0, 2*sizeof(*out));
+    if (p->k.n_head_kv < 1 || p->k.n_head_kv != p->v.n_head_kv || p->n_head%p->k.n_head_kv || p->k.head_dim%2) {
+        return -1;
+    }
+    p->rank_stride = (p->v.rank_max + 7)/8*8;
+    if (plan_sm90(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
+        return -1;
+    }
+    return set_launch(dev, &out[1], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 256,
+        4*(size_t)(p->rank_stride + 32 + p->n_chunk + 256));
+}
+
+size_t palu_cuda_partial_size(const palu_cuda_attn * p) {
+    return (size_t) p->n_stream*p->n_token*p->n_head*p->n_chunk*(4 + p->rank_stride);
+}
