@@ -161,6 +161,9 @@ int palu_cuda_plan_store  (const palu_cuda_device * dev, palu_cuda_store   * p, 
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);
 int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]);
 
+// 1 if attention of this shape is to read the rows, 0 if they are to be rebuilt first.
+int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p);
+
 // Scratch that a planned p needs: floats at palu_cuda_store.latent and at palu_cuda_attn.partial.
 size_t palu_cuda_latent_size (const palu_cuda_store * p);
 size_t palu_cuda_partial_size(const palu_cuda_attn  * p);

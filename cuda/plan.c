@@ -124,6 +124,14 @@ int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, const 
         4*(size_t)(p->rank_stride + 32 + p->n_chunk + 256));
 }
 
+// Query tokens from which rebuilding the context once for all of them is the faster way.
+#define REBUILD_FROM_TOKENS 32
+
+int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p) {
+    (void) dev;
+    return p->n_token < REBUILD_FROM_TOKENS;
+}
+
 size_t palu_cuda_partial_size(const palu_cuda_attn * p) {
     return (size_t) p->n_stream*p->n_token*p->n_head*p->n_chunk*(4 + p->rank_stride);
 }

@@ -8,7 +8,7 @@
 //   - Shapes are written slowest dimension first: x[n_token][n_head_kv][head_dim]. Strides are in bytes.
 //   - Ownership: every palu_*_load/create gives an object that its palu_*_free takes back. Pointers inside parameter
 //     structs are borrowed for the call alone.
-//   - Threads: palu_proj and palu_layer are immutable; any number of threads may use one at the same time. Functions
+//   - Threads: palu_proj, palu_layer and palu_cuda_layer are immutable; any number of threads may use one at the same time. Functions
 //     that take (ith, nth) are to be called once for every ith in 0 <= ith < nth, in any order or at the same time, with
 //     the same parameters; together these calls do the work, and its result does not depend on nth.
 //   - Errors: functions that return palu_status write a sentence for palu_last_error() when it is not PALU_OK, and
@@ -178,6 +178,59 @@ size_t  palu_attn_partial_size(const palu_layer * layer, int32_t n_head, int32_t
 
 palu_status palu_attn        (const palu_layer * layer, const palu_attn_params * params, int32_t ith, int32_t nth);
 palu_status palu_attn_combine(const palu_layer * layer, const palu_attn_params * params, int32_t ith, int32_t nth);
+
+// Rebuilds rows as the f16 cache that they stand for: keys rotated by the cells' positions, values as they are. For a
+// runtime whose own attention is the faster one where many query tokens share a context.
+typedef struct palu_rebuild_params {
+    const uint8_t * rows;           // [n_stream][n_kv][row_bytes], rows contiguous within a stream
+    size_t          rows_nb_stream; // stride between streams
+    const int32_t * pos;            // [n_stream][n_kv] position of each cell, contiguous; only for keys
+    uint16_t      * out;            // f16 [n_stream][n_kv][n_head_kv][head_dim], contiguous
+    int32_t         n_stream;
+    int32_t         n_kv;
+    int32_t         side;           // palu_side
+} palu_rebuild_params;
+
+palu_status palu_rebuild(const palu_layer * layer, const palu_rebuild_params * params, int32_t ith, int32_t nth);
+
+//
+// CUDA: one layer on an NVIDIA GPU
+//
+// The kernels are inside the library; the driver is looked for at run time. Pointers in parameter structs are device
+// pointers here, rows begin at a multiple of 16 bytes, and every call only puts kernels on a stream (a CUstream or
+// cudaStream_t of the device's primary context): it neither allocates nor waits, and may be captured in a CUDA graph.
+// What a call puts on the stream depends on the parameters alone, so that a captured graph stays right as long as they
+// stay the same; everything that changes from token to token stands in device memory.
+//
+
+typedef struct palu_cuda_layer palu_cuda_layer;
+
+// Puts layer il on the GPU `device`, numbered as the driver does. Errors: as palu_layer_create(); UNSUPPORTED, with the
+// reason, where the library has no kernels, there is no driver or it is too old, the device is too old, or no kernel can do
+// this layer's shape; nothing is left for later calls to find out.
+palu_status palu_cuda_layer_create(const palu_proj * proj, int32_t il, const palu_rope * rope, int32_t device, palu_cuda_layer ** out);
+void        palu_cuda_layer_free(palu_cuda_layer * layer);
+
+// "NVIDIA H200, sm_90". Valid as long as the layer.
+const char * palu_cuda_description(const palu_cuda_layer * layer);
+
+// Stores tokens in two steps, in this order on one stream: the first writes latents to scratch memory of
+// palu_cuda_store_latent_size() floats, the second rows. Rows are those of palu_store() but for rounding. The indices cannot be
+// checked here: the caller vouches for them.
+size_t      palu_cuda_store_latent_size(const palu_cuda_layer * layer, int32_t side, int32_t n_token);
+palu_status palu_cuda_project(const palu_cuda_layer * layer, const palu_store_params * params, float * latent, void * stream);
+palu_status palu_cuda_store  (const palu_cuda_layer * layer, const palu_store_params * params, float * latent, void * stream);
+
+// 1 where attention is fastest straight from the rows; 0 where the query tokens are so many that palu_cuda_rebuild() and
+// the runtime's own attention over its result are faster. Depends on the shapes alone.
+int32_t     palu_cuda_attn_on_rows     (const palu_cuda_layer * layer, int32_t n_head, int32_t n_token, int32_t n_stream, int32_t n_kv);
+
+// Attention in two steps, always both: palu_attn_params.partial has palu_cuda_attn_partial_size() floats.
+size_t      palu_cuda_attn_partial_size(const palu_cuda_layer * layer, int32_t n_head, int32_t n_token, int32_t n_stream, int32_t n_kv);
+palu_status palu_cuda_attn             (const palu_cuda_layer * layer, const palu_attn_params * params, void * stream);
+palu_status palu_cuda_attn_combine     (const palu_cuda_layer * layer, const palu_attn_params * params, void * stream);
+
+palu_status palu_cuda_rebuild(const palu_cuda_layer * layer, const palu_rebuild_params * params, void * stream);
 
 //
 // Conversion (only in a library built with the feature `convert`)

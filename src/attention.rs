@@ -67,6 +67,21 @@ pub struct AttnParams {
     pub max_bias: f32,
 }
 
+/// Rows to be rebuilt as the f16 cache that they stand for; `palu_rebuild_params`.
+#[derive(Clone, Copy, Debug)]
+pub struct RebuildParams {
+    /// `[n_stream][n_kv][row_bytes]`, rows contiguous within a stream
+    pub rows: *const u8,
+    /// stride in bytes
+    pub rows_nb_stream: usize,
+    /// `[n_stream][n_kv]`; only read for keys
+    pub pos: *const i32,
+    /// f16 `[n_stream][n_kv][n_head_kv][head_dim]`
+    pub out: *mut u16,
+    pub n_stream: usize,
+    pub n_kv: usize,
+}
+
 /// One layer, ready to run.
 pub struct AttnLayer {
     codecs: [Codec; 2],
@@ -400,6 +415,46 @@ impl AttnLayer {
     pub unsafe fn store(&self, side: Side, p: &StoreParams, ith: usize, nth: usize) {
         // SAFETY: the caller's promise
         unsafe { self.codec(side).encode(p, ith, nth) }
+    }
+
+    /// Rebuilds this share of the rows as f16, keys rotated; see `palu_rebuild`.
+    ///
+    /// # Safety
+    /// Pointers of the shapes in [`RebuildParams`]; no other share of the same call writes the same cells.
+    pub unsafe fn rebuild(&self, side: Side, p: &RebuildParams, ith: usize, nth: usize) {
+        let codec = self.codec(side);
+        let (dim, n_head) = (codec.head_dim, codec.n_head_kv);
+        let angles = self.angles.as_ref().filter(|_| side == Side::Key);
+        let n_pair = angles.map_or(0, |a| a.n_pair);
+        let (mut cos, mut sin) = (vec![0.0; n_pair], vec![0.0; n_pair]);
+        let mut x = vec![0.0f32; TILE * n_head * dim];
+        let tiles = p.n_kv.div_ceil(TILE);
+        for unit in (ith..p.n_stream * tiles).step_by(nth) {
+            let (stream, first) = (unit / tiles, unit % tiles * TILE);
+            let n = TILE.min(p.n_kv - first);
+            let idxs: [i64; TILE] = std::array::from_fn(|t| (first + t) as i64);
+            // SAFETY: the caller's promise; x holds a tile
+            unsafe {
+                codec.decode(p.rows.add(stream * p.rows_nb_stream), idxs.as_ptr(), n, x.as_mut_ptr());
+                for (t, cell) in x[..n * n_head * dim].chunks_exact_mut(n_head * dim).enumerate() {
+                    let at = stream * p.n_kv + first + t;
+                    if let Some(angles) = angles {
+                        angles.at(i64::from(*p.pos.add(at)), &mut cos, &mut sin);
+                        for head in cell.chunks_exact_mut(dim) {
+                            for i in 0..n_pair {
+                                let (a, b) = (self.order[i], self.order[n_pair + i]);
+                                let (c, s) = (cos[i] * angles.magnitude, sin[i] * angles.magnitude);
+                                (head[a], head[b]) = (head[a] * c - head[b] * s, head[a] * s + head[b] * c);
+                            }
+                        }
+                    }
+                    let out = std::slice::from_raw_parts_mut(p.out.add(at * n_head * dim), n_head * dim);
+                    for (to, &from) in out.iter_mut().zip(cell.iter()) {
+                        *to = half::f16::from_f32(from).to_bits();
+                    }
+                }
+            }
+        }
     }
 
     fn schedule(&self, n_head: usize, n_token: usize, n_kv: usize) -> Schedule {

@@ -361,6 +361,46 @@ pub unsafe extern "C" fn palu_load_rows(layer: *const AttnLayer, which: i32, row
     })
 }
 
+#[repr(C)]
+pub struct RebuildParams {
+    rows: *const u8,
+    rows_nb_stream: usize,
+    pos: *const i32,
+    out: *mut u16,
+    n_stream: i32,
+    n_kv: i32,
+    side: i32,
+}
+
+impl RebuildParams {
+    fn check(&self) -> Result<(Side, attention::RebuildParams)> {
+        let side = side(self.side)?;
+        let p = attention::RebuildParams {
+            rows: self.rows,
+            rows_nb_stream: self.rows_nb_stream,
+            pos: self.pos,
+            out: self.out,
+            n_stream: count(self.n_stream, "n_stream")?,
+            n_kv: count(self.n_kv, "n_kv")?,
+        };
+        ensure!(!p.rows.is_null() && !p.out.is_null(), "rows or out is a null pointer");
+        ensure!(side == Side::Value || !p.pos.is_null(), "pos is a null pointer");
+        Ok((side, p))
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn palu_rebuild(layer: *const AttnLayer, params: *const RebuildParams, ith: i32, nth: i32) -> Status {
+    guard(Status::Argument, || {
+        let (layer, p) = unsafe { (reference(layer, "layer")?, reference(params, "params")?) };
+        let (ith, nth) = share(ith, nth)?;
+        let (side, p) = p.check()?;
+        // SAFETY: the caller promises the shapes in palu.h; null pointers were checked
+        unsafe { layer.rebuild(side, &p, ith, nth) };
+        Ok(())
+    })
+}
+
 fn count(n: i32, name: &str) -> Result<usize> {
     usize::try_from(n).with_context(|| format!("{name} is negative"))
 }
@@ -393,7 +433,7 @@ pub struct AttnParams {
 }
 
 impl AttnParams {
-    fn check(&self, layer: &AttnLayer) -> Result<attention::AttnParams> {
+    fn check(&self, n_head_kv: usize) -> Result<attention::AttnParams> {
         let p = attention::AttnParams {
             q: self.q,
             q_nb_head: self.q_nb_head,
@@ -419,7 +459,6 @@ impl AttnParams {
             softcap: self.softcap,
             max_bias: self.max_bias,
         };
-        let n_head_kv = layer.codec(Side::Key).n_head_kv;
         ensure!(p.n_head > 0 && p.n_head % n_head_kv == 0, "{} query heads do not divide over {n_head_kv} KV heads", p.n_head);
         ensure!(!p.q.is_null() && !p.pos.is_null(), "q or pos is a null pointer");
         ensure!(!p.rows_k.is_null() && !p.rows_v.is_null(), "rows_k or rows_v is a null pointer");
@@ -437,7 +476,7 @@ unsafe fn attend(
     guard(Status::Argument, || {
         let (layer, p) = unsafe { (reference(layer, "layer")?, reference(params, "params")?) };
         let (ith, nth) = share(ith, nth)?;
-        let p = p.check(layer)?;
+        let p = p.check(layer.codec(Side::Key).n_head_kv)?;
         let is_split = layer.n_chunk(p.n_head, p.n_token, p.n_stream, p.n_kv) > 1;
         step(layer, &p, ith, nth, is_split)
     })
@@ -467,16 +506,20 @@ pub unsafe extern "C" fn palu_attn_combine(layer: *const AttnLayer, params: *con
     unsafe { attend(layer, params, (ith, nth), step) }
 }
 
+fn sizes(shapes: [i32; 4]) -> Result<[usize; 4]> {
+    let mut sizes = [0; 4];
+    for (size, shape) in sizes.iter_mut().zip(shapes) {
+        *size = count(shape, "a shape")?;
+    }
+    Ok(sizes)
+}
+
 /// `f` of a layer and shapes; `otherwise` where they make no sense.
 unsafe fn of_shapes<T>(layer: *const AttnLayer, shapes: [i32; 4], otherwise: T, f: impl FnOnce(&AttnLayer, [usize; 4]) -> T) -> T {
     let mut result = None;
     guard(Status::Argument, || {
         let layer = unsafe { reference(layer, "layer") }?;
-        let mut sizes = [0; 4];
-        for (size, shape) in sizes.iter_mut().zip(shapes) {
-            *size = count(shape, "a shape")?;
-        }
-        result = Some(f(layer, sizes));
+        result = Some(f(layer, sizes(shapes)?));
         Ok(())
     });
     result.unwrap_or(otherwise)
@@ -490,6 +533,130 @@ pub unsafe extern "C" fn palu_attn_n_chunk(layer: *const AttnLayer, n_head: i32,
 #[no_mangle]
 pub unsafe extern "C" fn palu_attn_partial_size(layer: *const AttnLayer, n_head: i32, n_token: i32, n_stream: i32, n_kv: i32) -> usize {
     unsafe { of_shapes(layer, [n_head, n_token, n_stream, n_kv], 0, |l, [h, t, s, c]| l.partial_size(h, t, s, c)) }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::*;
+    use crate::cuda::CudaLayer;
+    use std::ffi::c_void;
+
+    /// `palu_cuda_layer`: the layer, and its description as C wants it.
+    pub struct Layer {
+        layer: CudaLayer,
+        description: CString,
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_layer_create(proj: *const Projection, il: i32, rope: *const Rope, device: i32, out: *mut *mut Layer) -> Status {
+        guard(Status::Unsupported, || {
+            let layer = layer_of(unsafe { reference(proj, "proj") }?, il)?;
+            ensure!(!out.is_null(), failure(Status::Argument, "out is a null pointer"));
+            let rope = if rope.is_null() { RopeParams::none() } else { unsafe { (*rope).params() }? };
+            let layer = CudaLayer::new(layer, &rope, device)?;
+            let description = CString::new(layer.description()).unwrap_or_default();
+            // SAFETY: not null; the caller promises that it can be written
+            unsafe { *out = Box::into_raw(Box::new(Layer { layer, description })) };
+            Ok(())
+        })
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_layer_free(layer: *mut Layer) {
+        if !layer.is_null() {
+            // SAFETY: made by palu_cuda_layer_create and given back once
+            drop(unsafe { Box::from_raw(layer) });
+        }
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_description(layer: *const Layer) -> *const c_char {
+        // SAFETY: the caller promises a layer or null
+        unsafe { layer.as_ref() }.map_or(c"".as_ptr(), |l| l.description.as_ptr())
+    }
+
+    /// `f` of a layer; `otherwise`, and the last error, where it fails.
+    unsafe fn of_layer<T>(layer: *const Layer, otherwise: T, f: impl FnOnce(&CudaLayer) -> Result<T>) -> T {
+        let mut result = None;
+        guard(Status::Argument, || {
+            result = Some(f(&unsafe { reference(layer, "layer") }?.layer)?);
+            Ok(())
+        });
+        result.unwrap_or(otherwise)
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_store_latent_size(layer: *const Layer, which: i32, n_token: i32) -> usize {
+        unsafe { of_layer(layer, 0, |l| l.latent_size(side(which)?, count(n_token, "n_token")?)) }
+    }
+
+    unsafe fn store_step(layer: *const Layer, params: *const StoreParams, latent: *mut f32, step: usize, stream: *mut c_void) -> Status {
+        guard(Status::Argument, || {
+            let (layer, p) = unsafe { (&reference(layer, "layer")?.layer, reference(params, "params")?) };
+            let side = side(p.side)?;
+            let store = codec::StoreParams {
+                x: p.x,
+                x_nb_head: p.x_nb_head,
+                x_nb_token: p.x_nb_token,
+                idxs: p.idxs,
+                rows: p.rows,
+                n_token: count(p.n_token, "n_token")?,
+            };
+            // SAFETY: the caller promises the shapes in palu.h on the layer's device
+            unsafe { layer.store(side, &store, latent, step, stream) }
+        })
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_project(layer: *const Layer, params: *const StoreParams, latent: *mut f32, stream: *mut c_void) -> Status {
+        unsafe { store_step(layer, params, latent, 0, stream) }
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_store(layer: *const Layer, params: *const StoreParams, latent: *mut f32, stream: *mut c_void) -> Status {
+        unsafe { store_step(layer, params, latent, 1, stream) }
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_attn_on_rows(layer: *const Layer, n_head: i32, n_token: i32, n_stream: i32, n_kv: i32) -> i32 {
+        let shapes = [n_head, n_token, n_stream, n_kv];
+        unsafe { of_layer(layer, 0, |l| Ok(i32::from(l.on_rows(sizes(shapes)?)?))) }
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_attn_partial_size(layer: *const Layer, n_head: i32, n_token: i32, n_stream: i32, n_kv: i32) -> usize {
+        let shapes = [n_head, n_token, n_stream, n_kv];
+        unsafe { of_layer(layer, 0, |l| l.partial_size(sizes(shapes)?)) }
+    }
+
+    unsafe fn attn_step(layer: *const Layer, params: *const AttnParams, step: usize, stream: *mut c_void) -> Status {
+        guard(Status::Argument, || {
+            let (layer, p) = unsafe { (&reference(layer, "layer")?.layer, reference(params, "params")?) };
+            let p = p.check(layer.n_head_kv())?;
+            // SAFETY: the caller promises the shapes in palu.h on the layer's device
+            unsafe { layer.attend(&p, step, stream) }
+        })
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_attn(layer: *const Layer, params: *const AttnParams, stream: *mut c_void) -> Status {
+        unsafe { attn_step(layer, params, 0, stream) }
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_attn_combine(layer: *const Layer, params: *const AttnParams, stream: *mut c_void) -> Status {
+        unsafe { attn_step(layer, params, 1, stream) }
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_rebuild(layer: *const Layer, params: *const RebuildParams, stream: *mut c_void) -> Status {
+        guard(Status::Argument, || {
+            let (layer, p) = unsafe { (&reference(layer, "layer")?.layer, reference(params, "params")?) };
+            let (side, p) = p.check()?;
+            // SAFETY: the caller promises the shapes in palu.h on the layer's device
+            unsafe { layer.rebuild(side, &p, stream) }
+        })
+    }
 }
 
 #[cfg(feature = "convert")]

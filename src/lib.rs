@@ -11,6 +11,7 @@
 //! | [`rope`] | the angles of a cell's rotation |
 //! | [`codec`] | how a token becomes a row, and back |
 //! | [`attention`] | attention over rows |
+//! | `cuda` | the same on an NVIDIA GPU: tables and launches of the kernels in `cuda/` |
 //! | [`kernels`] | the inner loops of both, for each instruction set |
 //! | [`capi`] | the C ABI of `include/palu.h` |
 //! | `convert` | how a projection file is made |
@@ -20,6 +21,8 @@ pub mod capi;
 pub mod codec;
 #[cfg(feature = "convert")]
 pub mod convert;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod gguf;
 pub mod hash;
 pub mod kernels;

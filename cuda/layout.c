@@ -1,0 +1,16 @@
+// layout.c - sizes and offsets of the parameter structs as the C compiler lays them out, for the test that holds src/cuda.rs to them.
+
+#include "palu_cuda.h"
+
+const size_t palu_cuda_layout[] = {
+    sizeof(palu_cuda_group),   offsetof(palu_cuda_group, dec0),        offsetof(palu_cuda_group, enc0),
+    sizeof(palu_cuda_side),    offsetof(palu_cuda_side, step),         offsetof(palu_cuda_side, planes),
+    sizeof(palu_cuda_rope),    offsetof(palu_cuda_rope, mag),
+    sizeof(palu_cuda_attn),    offsetof(palu_cuda_attn, rows_k),       offsetof(palu_cuda_attn, out),
+                               offsetof(palu_cuda_attn, mask_f16),     offsetof(palu_cuda_attn, v_stage_words),
+    sizeof(palu_cuda_store),   offsetof(palu_cuda_store, latent),      offsetof(palu_cuda_store, n_token),
+    sizeof(palu_cuda_rebuild), offsetof(palu_cuda_rebuild, out),       offsetof(palu_cuda_rebuild, n_kv),
+    sizeof(palu_cuda_device),  sizeof(palu_cuda_launch),               offsetof(palu_cuda_launch, smem),
+};
+
+const size_t palu_cuda_layout_n = sizeof(palu_cuda_layout)/sizeof(palu_cuda_layout[0]);

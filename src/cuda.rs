@@ -1,0 +1,737 @@
+//! A layer on an NVIDIA GPU: its tables in device memory, and the launches of the kernels in `cuda/`.
+//!
+//! The kernels come as one fatbin inside the library and are loaded through the driver, which is looked for when the first
+//! layer is made: the library itself links to nothing of CUDA. Which kernel runs how is decided by `cuda/plan.c`.
+//! Nothing here allocates or waits once a layer is made, so that launches can be captured in a CUDA graph.
+
+use crate::attention::{AttnParams, RebuildParams};
+use crate::codec::{planes, Decoder, StoreParams};
+use crate::layout::SEGMENT;
+use crate::projection::{Layer, Side, SideProj};
+use crate::rope::RopeParams;
+use abi::*;
+use anyhow::{anyhow, bail, ensure, Context, Result};
+use cudarc::driver::{result, sys, CudaContext, DriverError};
+use std::collections::HashMap;
+use std::ffi::{c_void, CStr, CString};
+use std::sync::{Arc, Mutex};
+
+/// The structs of `cuda/palu_cuda.h`, field by field; a test holds them to the C compiler's layout.
+mod abi {
+    use std::ffi::c_char;
+    use std::ptr::null;
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug, Default)]
+    pub struct Group {
+        pub rank: i32,
+        pub rank_pad: i32,
+        pub seg0: i32,
+        pub step0: i32,
+        pub row_offset: i32,
+        pub row_end: i32,
+        pub dec0: i64,
+        pub enc0: i64,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct Side {
+        pub groups: *const Group,
+        pub segs: *const u32,
+        pub dec: *const i8,
+        pub dec_scale: *const f32,
+        pub dec_half: *const f32,
+        pub mean: *const f32,
+        pub enc: *const u16,
+        pub step: *const f32,
+        pub n_head_kv: i32,
+        pub head_dim: i32,
+        pub group_size: i32,
+        pub n_group: i32,
+        pub row_bytes: i32,
+        pub rank_max: i32,
+        pub row_span_max: i32,
+        pub rank_sum: i32,
+        pub planes: i32,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct Rope {
+        pub pair_dim: *const i32,
+        pub turn: *const u64,
+        pub mag: *const f32,
+    }
+
+    impl Rope {
+        pub const NONE: Self = Self { pair_dim: null(), turn: null(), mag: null() };
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct Attn {
+        pub k: Side,
+        pub v: Side,
+        pub rope: Rope,
+        pub q: *const f32,
+        pub q_nb_head: i64,
+        pub q_nb_token: i64,
+        pub q_nb_stream: i64,
+        pub rows_k: *const u8,
+        pub rows_v: *const u8,
+        pub rows_k_nb_stream: i64,
+        pub rows_v_nb_stream: i64,
+        pub mask: *const u8,
+        pub mask_nb_token: i64,
+        pub mask_nb_stream: i64,
+        pub pos: *const i32,
+        pub sinks: *const f32,
+        pub partial: *mut f32,
+        pub out: *mut f32,
+        pub mask_f16: i32,
+        pub n_head: i32,
+        pub n_token: i32,
+        pub n_stream: i32,
+        pub n_kv: i32,
+        pub n_chunk: i32,
+        pub chunk_tiles: i32,
+        pub rank_stride: i32,
+        pub scale: f32,
+        pub softcap: f32,
+        pub max_bias: f32,
+        pub trig_scale: f32,
+        pub heads_per_cta: i32,
+        pub k_stage_words: i32,
+        pub v_stage_words: i32,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct Store {
+        pub side: Side,
+        pub x: *const f32,
+        pub x_nb_head: i64,
+        pub x_nb_token: i64,
+        pub idxs: *const i64,
+        pub rows: *mut u8,
+        pub latent: *mut f32,
+        pub n_token: i32,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct Rebuild {
+        pub side: Side,
+        pub rope: Rope,
+        pub rows: *const u8,
+        pub rows_nb_stream: i64,
+        pub pos: *const i32,
+        pub out: *mut u16,
+        pub n_stream: i32,
+        pub n_kv: i32,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct DeviceInfo {
+        pub arch: i32,
+        pub n_sm: i32,
+        pub smem_optin: i32,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct Launch {
+        pub kernel: *const c_char,
+        pub grid: [u32; 3],
+        pub block: u32,
+        pub smem: u32,
+    }
+
+    impl Launch {
+        pub const NONE: Self = Self { kernel: null(), grid: [0; 3], block: 0, smem: 0 };
+    }
+
+    extern "C" {
+        pub fn palu_cuda_plan_store(dev: *const DeviceInfo, p: *mut Store, groups: *const Group, out: *mut Launch) -> i32;
+        pub fn palu_cuda_plan_rebuild(dev: *const DeviceInfo, p: *mut Rebuild, groups: *const Group, out: *mut Launch) -> i32;
+        pub fn palu_cuda_plan_attn(
+            dev: *const DeviceInfo,
+            p: *mut Attn,
+            groups_k: *const Group,
+            groups_v: *const Group,
+            out: *mut Launch,
+        ) -> i32;
+        pub fn palu_cuda_plan_on_rows(dev: *const DeviceInfo, p: *const Attn) -> i32;
+        pub fn palu_cuda_latent_size(p: *const Store) -> usize;
+        pub fn palu_cuda_partial_size(p: *const Attn) -> usize;
+    }
+}
+
+/// Where channel c of a key decoder's row stands; `palu_cuda_key_channel()`.
+fn key_channel(c: usize) -> usize {
+    (c & !31) | (c >> 2 & 1) << 4 | (c >> 3 & 3) << 2 | (c & 3)
+}
+
+/// Channels that a decoder's row is padded to; `PALU_CUDA_RANK_ALIGN`.
+const RANK_ALIGN: usize = 32;
+/// Rebuilt keys, as integers times `trig_scale`, stay below this, so that they and their rotations are finite in f16.
+const KEY_LIMIT: f64 = 46000.0;
+
+#[cfg(palu_fatbin)]
+static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/palu.fatbin"));
+#[cfg(not(palu_fatbin))]
+static FATBIN: &[u8] = &[];
+
+/// One GPU with the kernels loaded.
+pub struct Device {
+    context: Arc<CudaContext>,
+    module: sys::CUmodule,
+    functions: Mutex<HashMap<CString, usize>>,
+    info: DeviceInfo,
+    name: String,
+}
+
+// SAFETY: module and functions are handles that the driver lets any thread use
+unsafe impl Send for Device {}
+// SAFETY: as above
+unsafe impl Sync for Device {}
+
+fn driver<T>(what: &str, result: Result<T, DriverError>) -> Result<T> {
+    result.map_err(|e| match e.0 {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => anyhow!("{what}: out of GPU memory"),
+        _ => {
+            let name = e.error_name().ok().and_then(|s| s.to_str().ok()).unwrap_or("an unknown error");
+            let text = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("");
+            anyhow!("{what}: {name} ({text})")
+        }
+    })
+}
+
+impl Device {
+    /// GPU number `ordinal`, as the driver counts them; opened once per process.
+    pub fn get(ordinal: i32) -> Result<Arc<Self>> {
+        static OPEN: Mutex<Vec<(i32, Arc<Device>)>> = Mutex::new(Vec::new());
+        let mut open = OPEN.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, device)) = open.iter().find(|(o, _)| *o == ordinal) {
+            return Ok(device.clone());
+        }
+        let device = Arc::new(Self::open(ordinal).with_context(|| format!("CUDA device {ordinal}"))?);
+        open.push((ordinal, device.clone()));
+        Ok(device)
+    }
+
+    fn open(ordinal: i32) -> Result<Self> {
+        use sys::CUdevice_attribute_enum as Attribute;
+        ensure!(!FATBIN.is_empty(), "this libpalu was built without CUDA kernels (no nvcc was found)");
+        // SAFETY: only looks for the library; cudarc would panic without it
+        ensure!(unsafe { sys::is_culib_present() }, "the NVIDIA driver (libcuda) was not found");
+        let index = usize::try_from(ordinal).context("its number is negative")?;
+        let context = driver("cannot be opened", CudaContext::new(index))?;
+        let attribute = |a| driver("cannot be asked for its properties", context.attribute(a));
+        let info = DeviceInfo {
+            arch: 10 * attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
+                + attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            n_sm: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            smem_optin: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        };
+        let name = driver("cannot be asked for its name", context.name())?;
+        ensure!(info.arch >= 75, "{name} has compute capability {}.{}, 7.5 is needed", info.arch / 10, info.arch % 10);
+        // SAFETY: the image is a whole fatbin, made by nvcc
+        let module = match unsafe { result::module::load_data(FATBIN.as_ptr().cast()) } {
+            Ok(module) => module,
+            Err(e) if matches!(e.0, sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU) => {
+                bail!("{name}'s driver is too old for these kernels, or they were not compiled for compute capability {}.{}", info.arch / 10, info.arch % 10)
+            }
+            Err(e) => driver("the kernels cannot be loaded", Err(e))?,
+        };
+        Ok(Self { context, module, functions: Mutex::default(), info, name })
+    }
+
+    /// "NVIDIA H200, sm_90"
+    pub fn description(&self) -> String {
+        format!("{}, sm_{}", self.name, self.info.arch)
+    }
+
+    fn function(&self, name: &CStr) -> Result<sys::CUfunction> {
+        use sys::CUfunction_attribute_enum as Attribute;
+        let mut functions = self.functions.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(&f) = functions.get(name) {
+            return Ok(f as sys::CUfunction);
+        }
+        let text = name.to_string_lossy();
+        // SAFETY: the module lives as long as the device, and the function as long as the module
+        unsafe {
+            let f = driver(&format!("kernel {text}"), result::module::get_function(self.module, name.to_owned()))?;
+            let fixed = driver(&text, result::function::get_function_attribute(f, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES))?;
+            let most = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            driver(&text, result::function::set_function_attribute(f, most, self.info.smem_optin - fixed))?;
+            functions.insert(name.to_owned(), f as usize);
+            Ok(f)
+        }
+    }
+
+    /// # Safety
+    /// `params` is the struct that the kernel takes, and every pointer in it is good on this device until the kernel is done.
+    unsafe fn launch<T>(&self, launch: &Launch, params: &mut T, stream: *mut c_void) -> Result<()> {
+        if launch.kernel.is_null() {
+            return Ok(());
+        }
+        driver("cannot be used", self.context.bind_to_thread())?;
+        // SAFETY: plan.c names kernels by literals
+        let name = unsafe { CStr::from_ptr(launch.kernel) };
+        let f = self.function(name)?;
+        let [x, y, z] = launch.grid;
+        let params = &mut [std::ptr::from_mut(params).cast::<c_void>()];
+        // SAFETY: the caller's promise
+        let launched = unsafe { result::launch_kernel(f, (x, y, z), (launch.block, 1, 1), launch.smem, stream.cast(), params) };
+        driver(&format!("kernel {}", name.to_string_lossy()), launched)
+    }
+}
+
+/// Device memory of one layer's tables.
+struct Memory {
+    device: Arc<Device>,
+    at: sys::CUdeviceptr,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.device.context.bind_to_thread().is_ok() {
+            // SAFETY: allocated by `Tables::upload`, freed once. Freeing waits for kernels that still read it.
+            let _ = unsafe { result::free_sync(self.at) };
+        }
+    }
+}
+
+/// Tables on their way to the device: they are laid out in one piece of memory, and pointers are offsets until it exists.
+#[derive(Default)]
+struct Tables(Vec<u8>);
+
+impl Tables {
+    const ALIGN: usize = 256;
+
+    /// Adds a table; returns its offset as a pointer. Offsets begin with 256: null stays null.
+    fn add<T: Copy>(&mut self, table: &[T]) -> *const T {
+        self.0.resize(self.0.len().next_multiple_of(Self::ALIGN).max(Self::ALIGN), 0);
+        let at = self.0.len();
+        // SAFETY: T is a plain number or a struct of them without padding
+        self.0.extend_from_slice(unsafe { std::slice::from_raw_parts(table.as_ptr().cast(), size_of_val(table)) });
+        at as *const T
+    }
+
+    fn upload(mut self, device: &Arc<Device>) -> Result<Memory> {
+        // kernels read decoders 16 bytes at a time
+        self.0.resize(self.0.len().next_multiple_of(Self::ALIGN).max(Self::ALIGN), 0);
+        driver("cannot be used", device.context.bind_to_thread())?;
+        let what = format!("{} bytes of projections", self.0.len());
+        // SAFETY: the context is current; the memory is freed by `Memory`
+        unsafe {
+            let at = driver(&what, result::malloc_sync(self.0.len()))?;
+            let memory = Memory { device: device.clone(), at };
+            driver(&what, result::memcpy_htod_sync(at, &self.0))?;
+            Ok(memory)
+        }
+    }
+}
+
+fn moved<T>(offset: *const T, base: sys::CUdeviceptr) -> *const T {
+    if offset.is_null() {
+        offset
+    } else {
+        (base + offset as u64) as *const T
+    }
+}
+
+impl abi::Side {
+    fn moved(self, base: sys::CUdeviceptr) -> Self {
+        Self {
+            groups: moved(self.groups, base),
+            segs: moved(self.segs, base),
+            dec: moved(self.dec, base),
+            dec_scale: moved(self.dec_scale, base),
+            dec_half: moved(self.dec_half, base),
+            mean: moved(self.mean, base),
+            enc: moved(self.enc, base),
+            step: moved(self.step, base),
+            ..self
+        }
+    }
+}
+
+/// One side's tables, and the power of two that keeps its integers in f16's range.
+fn side_tables(tables: &mut Tables, side: &SideProj, pairs: &[(usize, usize)]) -> (abi::Side, Vec<abi::Group>, f32) {
+    let n_plane = planes(side);
+    let n_head = side.groups.first().map_or(side.n_head_kv, |g| g.n_head);
+    let d = n_head * side.head_dim;
+    let (mut groups, mut segs, mut dec, mut enc, mut step) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut dec_scale, mut dec_half) = (Vec::new(), Vec::new());
+    let mut largest = 1.0f64;
+    for g in &side.groups {
+        let rank_pad = g.rank.next_multiple_of(RANK_ALIGN);
+        let mut group = Group {
+            rank: g.rank as i32,
+            rank_pad: rank_pad as i32,
+            seg0: segs.len() as i32,
+            step0: step.len() as i32,
+            row_offset: g.offset as i32,
+            row_end: 0,
+            dec0: dec.len() as i64,
+            enc0: enc.len() as i64,
+        };
+        let mut at = g.offset + crate::layout::SCALE_BYTES;
+        for &bits in &g.bits {
+            segs.push(at as u32 | u32::from(bits) << 24);
+            at += bits as usize;
+        }
+        group.row_end = at as i32;
+        groups.push(group);
+        step.extend_from_slice(&g.step);
+        enc.extend(g.enc.iter().map(|e| e.to_bits()));
+
+        let decoder = Decoder::new(g, n_plane, pairs);
+        let place = |c: usize| if side.side == Side::Key { key_channel(c) } else { c };
+        for plane in 0..n_plane {
+            for i in 0..d {
+                let row = dec.len();
+                dec.resize(row + rank_pad, 0i8);
+                for c in 0..g.rank {
+                    dec[row + place(c)] = decoder.byte(i, c, plane, n_plane);
+                }
+            }
+        }
+        for i in 0..d {
+            let weights = if g.rank > 0 { &decoder.weight[i * g.rank..][..g.rank] } else { &[] };
+            let most = |c: usize| f64::from(1u32 << (g.bits[c / SEGMENT] - 1));
+            largest = weights.iter().enumerate().map(|(c, w)| f64::from(w.abs()) * most(c)).sum::<f64>().max(largest);
+            dec_half.push((weights.iter().map(|&w| i64::from(w)).sum::<i64>() as f64 / 2.0) as f32);
+            dec_scale.push(if g.rank > 0 { decoder.scale[i] } else { 0.0 });
+        }
+    }
+    let mut trig_scale = 1.0f32;
+    while largest * f64::from(trig_scale) > KEY_LIMIT {
+        trig_scale *= 0.5;
+    }
+    let max = |f: &dyn Fn(&Group) -> i32| groups.iter().map(f).max().unwrap_or(0);
+    let header = abi::Side {
+        groups: tables.add(&groups),
+        segs: tables.add(&segs),
+        dec: tables.add(&dec),
+        dec_scale: tables.add(&dec_scale),
+        dec_half: tables.add(&dec_half),
+        mean: tables.add(&side.mean),
+        enc: tables.add(&enc),
+        step: tables.add(&step),
+        n_head_kv: side.n_head_kv as i32,
+        head_dim: side.head_dim as i32,
+        group_size: n_head as i32,
+        n_group: side.groups.len() as i32,
+        row_bytes: side.row_bytes as i32,
+        rank_max: max(&|g| g.rank),
+        row_span_max: max(&|g| g.row_end - g.row_offset),
+        rank_sum: step.len() as i32,
+        planes: n_plane as i32,
+    };
+    (header, groups, trig_scale)
+}
+
+/// Turns per position, modulo 1, times 2^64.
+fn turn(radians: f64) -> u64 {
+    let turns = radians / std::f64::consts::TAU;
+    // two steps: a double has 53 bits, of which the first conversion takes the upper ones and leaves the rest exactly
+    let scaled = (turns - turns.floor()) * 2f64.powi(32);
+    let high = scaled.floor();
+    ((high as u64) << 32).wrapping_add(((scaled - high) * 2f64.powi(32)) as u64)
+}
+
+fn rope_tables(tables: &mut Tables, head_dim: usize, rope: &RopeParams) -> abi::Rope {
+    let pairs = rope.pairs();
+    let rotated: Vec<usize> = pairs.iter().flat_map(|&(a, b)| [a, b]).collect();
+    let rest: Vec<usize> = (0..head_dim).filter(|d| !rotated.contains(d)).collect();
+    let (frequency, magnitude) = if pairs.is_empty() { (Vec::new(), 1.0) } else { rope.frequencies() };
+    let pair_dim: Vec<i32> = rotated.iter().chain(&rest).map(|&d| d as i32).collect();
+    let turns: Vec<u64> = frequency.iter().map(|&f| turn(f)).chain(rest.chunks(2).map(|_| 0)).collect();
+    let mag: Vec<f32> = pairs.iter().map(|_| magnitude).chain(rest.chunks(2).map(|_| 1.0)).collect();
+    abi::Rope { pair_dim: tables.add(&pair_dim), turn: tables.add(&turns), mag: tables.add(&mag) }
+}
+
+/// `palu_cuda_layer`.
+pub struct CudaLayer {
+    device: Arc<Device>,
+    sides: [abi::Side; 2],
+    groups: [Vec<abi::Group>; 2],
+    rope: abi::Rope,
+    trig_scale: f32,
+    _memory: Memory,
+}
+
+// SAFETY: the pointers point to device memory that nobody writes
+unsafe impl Send for CudaLayer {}
+// SAFETY: as above
+unsafe impl Sync for CudaLayer {}
+
+/// A number that must fit what the kernels count with.
+fn int<T: TryFrom<usize>>(n: usize) -> Result<T> {
+    T::try_from(n).map_err(|_| anyhow!("{n} is more than the CUDA kernels can count"))
+}
+
+impl CudaLayer {
+    /// Puts a layer on a GPU. Fails where the kernels cannot do it, saying why.
+    pub fn new(layer: &Layer, rope: &RopeParams, ordinal: i32) -> Result<Self> {
+        let device = Device::get(ordinal)?;
+        let [k, v] = [layer.side(Side::Key), layer.side(Side::Value)];
+        ensure!(k.n_head_kv == v.n_head_kv, "layer {} has {} heads of keys and {} of values", layer.il, k.n_head_kv, v.n_head_kv);
+        rope.check(k.head_dim)?;
+        ensure!(k.head_dim % 2 == 0, "heads of {} dimensions (an odd number) are not supported on a GPU", k.head_dim);
+        let mut tables = Tables::default();
+        let (k, groups_k, trig_scale) = side_tables(&mut tables, k, &rope.pairs());
+        let (v, groups_v, _) = side_tables(&mut tables, v, &[]);
+        let rope = rope_tables(&mut tables, k.head_dim as usize, rope);
+        let memory = tables.upload(&device)?;
+        let base = memory.at;
+        let layer = Self {
+            sides: [k.moved(base), v.moved(base)],
+            groups: [groups_k, groups_v],
+            rope: abi::Rope { pair_dim: moved(rope.pair_dim, base), turn: moved(rope.turn, base), mag: moved(rope.mag, base) },
+            trig_scale,
+            device,
+            _memory: memory,
+        };
+        // what is to run later must have a kernel
+        for side in [Side::Key, Side::Value] {
+            layer.plan_store(side, &layer.store_shape(side, 1)?)?;
+            layer.plan_rebuild(side, &RebuildParams {
+                rows: std::ptr::null(),
+                rows_nb_stream: 0,
+                pos: std::ptr::null(),
+                out: std::ptr::null_mut(),
+                n_stream: 1,
+                n_kv: 256,
+            })?;
+        }
+        layer.plan_attn(layer.attn_shape([layer.n_head_kv(), 1, 1, 256])?)?;
+        Ok(layer)
+    }
+
+    pub fn description(&self) -> String {
+        self.device.description()
+    }
+
+    fn store_shape(&self, side: Side, n_token: usize) -> Result<abi::Store> {
+        Ok(abi::Store {
+            side: self.sides[side as usize],
+            x: std::ptr::null(),
+            x_nb_head: 0,
+            x_nb_token: 0,
+            idxs: std::ptr::null(),
+            rows: std::ptr::null_mut(),
+            latent: std::ptr::null_mut(),
+            n_token: int(n_token)?,
+        })
+    }
+
+    fn plan_store(&self, side: Side, p: &abi::Store) -> Result<(abi::Store, [Launch; 2])> {
+        let (mut p, mut launches) = (*p, [Launch::NONE; 2]);
+        // SAFETY: plain data, and the groups of this side
+        let status = unsafe { palu_cuda_plan_store(&self.device.info, &mut p, self.groups[side as usize].as_ptr(), launches.as_mut_ptr()) };
+        ensure!(status == 0, "no CUDA kernel stores rows of rank {} on {}", p.side.rank_max, self.device.description());
+        Ok((p, launches))
+    }
+
+    /// Floats of scratch that storing `n_token` tokens takes.
+    pub fn latent_size(&self, side: Side, n_token: usize) -> Result<usize> {
+        let (p, _) = self.plan_store(side, &self.store_shape(side, n_token)?)?;
+        // SAFETY: a planned store
+        Ok(unsafe { palu_cuda_latent_size(&p) })
+    }
+
+    /// Launches step 0 (project to latents) or 1 (quantize and write rows) of storing tokens.
+    ///
+    /// # Safety
+    /// Pointers of the shapes in `palu_store_params`, on this device; `latent` has [`Self::latent_size`] floats; `stream`
+    /// is a stream of the device's primary context.
+    pub unsafe fn store(&self, side: Side, p: &StoreParams, latent: *mut f32, step: usize, stream: *mut c_void) -> Result<()> {
+        let shape = abi::Store {
+            x: p.x,
+            x_nb_head: p.x_nb_head as i64,
+            x_nb_token: p.x_nb_token as i64,
+            idxs: p.idxs,
+            rows: p.rows,
+            latent,
+            ..self.store_shape(side, p.n_token)?
+        };
+        let (mut p, launches) = self.plan_store(side, &shape)?;
+        // SAFETY: the caller's promise
+        unsafe { self.device.launch(&launches[step], &mut p, stream) }
+    }
+
+    fn plan_rebuild(&self, side: Side, p: &RebuildParams) -> Result<(abi::Rebuild, Launch)> {
+        let mut p = abi::Rebuild {
+            side: self.sides[side as usize],
+            rope: if side == Side::Key { self.rope } else { abi::Rope::NONE },
+            rows: p.rows,
+            rows_nb_stream: p.rows_nb_stream as i64,
+            pos: p.pos,
+            out: p.out,
+            n_stream: int(p.n_stream)?,
+            n_kv: int(p.n_kv)?,
+        };
+        let mut launch = Launch::NONE;
+        // SAFETY: plain data, and the groups of this side
+        let status = unsafe { palu_cuda_plan_rebuild(&self.device.info, &mut p, self.groups[side as usize].as_ptr(), &mut launch) };
+        let (dim, device) = (p.side.head_dim, self.device.description());
+        ensure!(status == 0, "no CUDA kernel rebuilds heads of {dim} dimensions and rank {} on {device}", p.side.rank_max);
+        Ok((p, launch))
+    }
+
+    /// # Safety
+    /// Pointers of the shapes in `palu_rebuild_params`, on this device; `stream` as in [`Self::store`].
+    pub unsafe fn rebuild(&self, side: Side, p: &RebuildParams, stream: *mut c_void) -> Result<()> {
+        let (mut p, launch) = self.plan_rebuild(side, p)?;
+        // SAFETY: the caller's promise
+        unsafe { self.device.launch(&launch, &mut p, stream) }
+    }
+
+    fn attn_shape(&self, [n_head, n_token, n_stream, n_kv]: [usize; 4]) -> Result<abi::Attn> {
+        Ok(abi::Attn {
+            k: self.sides[0],
+            v: self.sides[1],
+            rope: self.rope,
+            q: std::ptr::null(),
+            q_nb_head: 0,
+            q_nb_token: 0,
+            q_nb_stream: 0,
+            rows_k: std::ptr::null(),
+            rows_v: std::ptr::null(),
+            rows_k_nb_stream: 0,
+            rows_v_nb_stream: 0,
+            mask: std::ptr::null(),
+            mask_nb_token: 0,
+            mask_nb_stream: 0,
+            pos: std::ptr::null(),
+            sinks: std::ptr::null(),
+            partial: std::ptr::null_mut(),
+            out: std::ptr::null_mut(),
+            mask_f16: 0,
+            n_head: int(n_head)?,
+            n_token: int(n_token)?,
+            n_stream: int(n_stream)?,
+            n_kv: int(n_kv)?,
+            n_chunk: 0,
+            chunk_tiles: 0,
+            rank_stride: 0,
+            scale: 0.0,
+            softcap: 0.0,
+            max_bias: 0.0,
+            trig_scale: self.trig_scale,
+            heads_per_cta: 0,
+            k_stage_words: 0,
+            v_stage_words: 0,
+        })
+    }
+
+    fn plan_attn(&self, mut p: abi::Attn) -> Result<(abi::Attn, [Launch; 2])> {
+        let mut launches = [Launch::NONE; 2];
+        let [k, v] = [&self.groups[0], &self.groups[1]];
+        // SAFETY: plain data, and the groups of both sides
+        let status = unsafe { palu_cuda_plan_attn(&self.device.info, &mut p, k.as_ptr(), v.as_ptr(), launches.as_mut_ptr()) };
+        ensure!(
+            status == 0,
+            "no CUDA kernel attends with heads of {} and {} dimensions, ranks of {} and {} and {} query heads on {}",
+            p.k.head_dim,
+            p.v.head_dim,
+            p.k.rank_max,
+            p.v.rank_max,
+            p.n_head,
+            self.device.description()
+        );
+        Ok((p, launches))
+    }
+
+    /// Whether attention reads the rows; see `palu_cuda_attn_on_rows`. Shapes: n_head, n_token, n_stream, n_kv.
+    pub fn on_rows(&self, shapes: [usize; 4]) -> Result<bool> {
+        let p = self.attn_shape(shapes)?;
+        // SAFETY: plain data
+        Ok(unsafe { palu_cuda_plan_on_rows(&self.device.info, &p) } != 0)
+    }
+
+    /// Floats of [`AttnParams::partial`] on this device. Shapes: n_head, n_token, n_stream, n_kv.
+    pub fn partial_size(&self, shapes: [usize; 4]) -> Result<usize> {
+        let (p, _) = self.plan_attn(self.attn_shape(shapes)?)?;
+        // SAFETY: a planned attention
+        Ok(unsafe { palu_cuda_partial_size(&p) })
+    }
+
+    pub fn n_head_kv(&self) -> usize {
+        self.sides[0].n_head_kv as usize
+    }
+
+    /// Launches step 0 (partial results of the context's chunks) or 1 (their sum, decoded) of attention.
+    ///
+    /// # Safety
+    /// Pointers of the shapes in `palu_attn_params`, on this device; `partial` has [`Self::partial_size`] floats; `stream`
+    /// as in [`Self::store`].
+    pub unsafe fn attend(&self, p: &AttnParams, step: usize, stream: *mut c_void) -> Result<()> {
+        let shape = abi::Attn {
+            q: p.q,
+            q_nb_head: p.q_nb_head as i64,
+            q_nb_token: p.q_nb_token as i64,
+            q_nb_stream: p.q_nb_stream as i64,
+            rows_k: p.rows_k,
+            rows_v: p.rows_v,
+            rows_k_nb_stream: p.rows_k_nb_stream as i64,
+            rows_v_nb_stream: p.rows_v_nb_stream as i64,
+            mask: p.mask,
+            mask_nb_token: p.mask_nb_token as i64,
+            mask_nb_stream: p.mask_nb_stream as i64,
+            pos: p.pos,
+            sinks: p.sinks,
+            partial: p.partial,
+            out: p.out,
+            mask_f16: i32::from(p.mask_f16),
+            scale: p.scale,
+            softcap: p.softcap,
+            max_bias: p.max_bias,
+            ..self.attn_shape([p.n_head, p.n_token, p.n_stream, p.n_kv])?
+        };
+        let (mut p, launches) = self.plan_attn(shape)?;
+        // SAFETY: the caller's promise
+        unsafe { self.device.launch(&launches[step], &mut p, stream) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::mem::offset_of;
+
+    #[test]
+    fn structs_are_laid_out_as_in_c() {
+        extern "C" {
+            static palu_cuda_layout: [usize; 32];
+            static palu_cuda_layout_n: usize;
+        }
+        let ours = [
+            size_of::<Group>(), offset_of!(Group, dec0), offset_of!(Group, enc0),
+            size_of::<abi::Side>(), offset_of!(abi::Side, step), offset_of!(abi::Side, planes),
+            size_of::<abi::Rope>(), offset_of!(abi::Rope, mag),
+            size_of::<Attn>(), offset_of!(Attn, rows_k), offset_of!(Attn, out), offset_of!(Attn, mask_f16), offset_of!(Attn, v_stage_words),
+            size_of::<Store>(), offset_of!(Store, latent), offset_of!(Store, n_token),
+            size_of::<Rebuild>(), offset_of!(Rebuild, out), offset_of!(Rebuild, n_kv),
+            size_of::<DeviceInfo>(), size_of::<Launch>(), offset_of!(Launch, smem),
+        ];
+        // SAFETY: constants of layout.c; only the first palu_cuda_layout_n of them exist
+        let theirs = unsafe { std::slice::from_raw_parts(std::ptr::addr_of!(palu_cuda_layout).cast::<usize>(), palu_cuda_layout_n) };
+        assert_eq!(ours, theirs);
+    }
+
+    #[test]
+    fn turns_are_exact_to_a_double() {
+        for radians in [0.0, 1.0, 0.001, 6.5, -0.25, 1e-9] {
+            let back = turn(radians) as f64 / 2f64.powi(64) * std::f64::consts::TAU;
+            let want = radians.rem_euclid(std::f64::consts::TAU);
+            assert!((back - want).abs() < 1e-14, "{radians}: {back} instead of {want}");
+        }
+    }
+}
