@@ -3,7 +3,7 @@
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -pthread -o check check.cu
 //   ./check [check|bench|all [NAME [CELLS]]]
 //
-// NAME and CELLS pick the cases that are timed. Prints one line per case and exits with 1 if any is wrong. Inputs are
+// NAME picks the cases whose name has it, CELLS how many are timed. Prints one line per case and exits with 1 if any is wrong. Inputs are
 // random; outputs and scratch are poisoned with not-a-number before each run, and cells that no query sees hold rows of
 // not-a-number. Both kernels' results are compared by |out - reference|/|reference| over all outputs. Times are medians of
 // 50 runs with events around each, over sets of rows that together exceed the L2 cache, attention and combine together;
@@ -11,6 +11,9 @@
 
 #include "palu.cu"
 #include "plan.c"
+
+#define PALU_REBUILD_KERNELS(X) X(palu_rebuild_keys_128) X(palu_rebuild_keys_64) X(palu_rebuild_keys_32) \
+    X(palu_rebuild_values_128) X(palu_rebuild_values_64) X(palu_rebuild_values_32)
 
 #include <algorithm>
 #include <cmath>
@@ -52,6 +55,10 @@ static void free_all() {
     }
     allocated.clear();
 }
+
+static const char * only = nullptr; // cases to run: those whose name has this in it
+static int only_size = 0;           // and to time: this many cells
+static bool left_out(const char * name) { return only && !strstr(name, only); }
 
 struct Side {
     palu_cuda_side dev = {};
@@ -246,6 +253,7 @@ struct Named { const char * name; const void * f; };
 #define NAMED(F) { #F, (const void *) F },
 #define SM90(HD, HS, KS, UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN##_scaled)
 static const Named kernels[] = {
+    PALU_REBUILD_KERNELS(NAMED)
     NAMED(palu_project) NAMED(palu_quantize) NAMED(palu_decode) NAMED(palu_combine) PALU_CUDA_SM90_KERNELS(SM90)
 };
 
@@ -519,6 +527,9 @@ static std::vector<float> run_attn(palu_cuda_attn p, const Plan & plan, size_t n
 static int n_wrong = 0;
 
 static void check_case(const Case & c) {
+    if (left_out(c.name)) {
+        return;
+    }
     Problem x = make_problem(c);
     const std::vector<double> ref = reference(c, x);
     palu_cuda_attn p = x.p;
@@ -546,6 +557,9 @@ static void check_case(const Case & c) {
 }
 
 static void check_store(const char * name, int n_head, int hd, int group_size, std::vector<int> ranks, int b0, int b1, int n_token) {
+    if (left_out(name)) {
+        return;
+    }
     Side s = make_side(n_head, hd, group_size, ranks, b0, b1, nullptr, true, 4);
     const int n_row = n_token + 5;
     std::vector<float> x((size_t) n_token*n_head*hd);
@@ -669,11 +683,8 @@ static void check_store(const char * name, int n_head, int hd, int group_size, s
     free_all();
 }
 
-static const char * only = nullptr; // cases to time: those whose name has this in it
-static int only_size = 0;
-
 static void bench_case(Case c, const std::vector<int> & sizes) {
-    if (only && !strstr(c.name, only)) {
+    if (left_out(c.name)) {
         return;
     }
     for (int n_kv : sizes) {
@@ -764,6 +775,8 @@ static void bench_case(Case c, const std::vector<int> & sizes) {
     }
 }
 
+#include "check_mma.cuh"
+
 int main(int argc, char ** argv) {
     const std::string what = argc > 1 ? argv[1] : "all";
     only = argc > 2 ? argv[2] : nullptr;
@@ -792,6 +805,7 @@ int main(int argc, char ** argv) {
         { "one cell", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  1, 128, 0, false, 0, false, 0, 0, 0, 4 },
     };
     if (what != "bench") {
+        check_all_rebuild();
         for (const Case & c : cases) {
             check_case(c);
         }
@@ -800,6 +814,7 @@ int main(int argc, char ** argv) {
         check_store("store 3x96, ranks 0 to 64, all bits, 9 tokens", 3, 96, 1, {64, 0, 8}, 0, 0, 9);
     }
     if (what != "check") {
+        bench_all_rebuild();
         Case mha = cases[0];
         mha.name = "MHA (1024, 3072)";
         const std::vector<int> sizes = { 4096, 16384, 65536, 262144 };

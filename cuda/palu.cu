@@ -479,4 +479,5 @@ extern "C" __global__ void __launch_bounds__(256) palu_combine(const __grid_cons
     }
 }
 
+#include "rebuild.cuh"
 #include "decode_sm90.cuh"

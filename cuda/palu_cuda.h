@@ -40,7 +40,7 @@ typedef struct palu_cuda_side {
     const int8_t   * dec;           // per group [planes][group_size*head_dim][rank_pad], 16-byte aligned; keys: channels in the
                                     // order of palu_cuda_key_channel()
     const float    * dec_scale;     // [n_head_kv*head_dim]
-    const float    * dec_half;      // [n_head_kv*head_dim] half the sum over c of weight[d][c] (keys; may be NULL for values)
+    const float    * dec_half;      // [n_head_kv*head_dim] half the sum over c of weight[d][c] (for values only rebuilding reads it)
     const float    * mean;          // [n_head_kv*head_dim]
     const uint16_t * enc;           // f16, per group [rank][group_size*head_dim]; only for storing
     const float    * step;          // per group [rank]; only for storing
@@ -125,6 +125,9 @@ typedef struct palu_cuda_rebuild {
     uint16_t      * out;        // f16 [n_stream][n_kv][n_head_kv][head_dim]
     int32_t         n_stream;
     int32_t         n_kv;
+    int32_t         n_split;    // blocks that share the dimensions of a group
+    int32_t         slab;       // channels unpacked at a time, a multiple of 64 if it is less than a group's rank_pad
+    int32_t         stages;     // of the decoder in shared memory, 2 or 3
 } palu_cuda_rebuild;
 
 // Kernels (extern "C"; the struct is the only parameter, passed by value):
@@ -138,7 +141,7 @@ typedef struct palu_cuda_rebuild {
 //   palu_combine (palu_cuda_attn)   after either decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 256 threads,
 //                                   dynamic shared memory 4*(rank_stride + 32 + n_chunk + 256) bytes
 
-//   palu_rebuild (palu_cuda_rebuild)
+//   palu_rebuild_{keys,values}_{128,64,32}(palu_cuda_rebuild)  so many cells per block; side.dec_half must be set
 //
 // Which kernel runs with which launch shape is decided on the host, in plan.c.
 

@@ -45,11 +45,64 @@ size_t palu_cuda_latent_size(const palu_cuda_store * p) { return (size_t) p->n_t
 // Rebuild
 //
 
+// Units of eight pairs of dimensions in a tile of palu_rebuild_*_<cells>.
+static int32_t rebuild_units(int32_t cells) { return cells == 128 ? 8 : 16; }
+
+static size_t rebuild_smem(const palu_cuda_rebuild * p, int32_t cells) {
+    const int32_t units = rebuild_units(cells);
+    const int32_t pairs = ceil_div(p->side.head_dim, 16)*8;
+    return (size_t) cells*(p->slab + 16)                                          // codes
+         + (size_t) p->stages*units*16*64                                         // decoder
+         + (p->rope.pair_dim ? (size_t) cells*(pairs + 2)*4 : 0)  // cos, sin
+         + (size_t) 2*units*52*4                                                  // per dimension
+         + (size_t) cells*4;                                                      // scales
+}
+
+static int rebuild_launch(const palu_cuda_device * dev, palu_cuda_rebuild * p, int32_t cells, int32_t per_sm, palu_cuda_launch * out) {
+    const palu_cuda_side * s = &p->side;
+    const int64_t blocks = (int64_t) ceil_div(p->n_kv, cells)*s->n_group*p->n_stream;
+    const int64_t slots = (int64_t) dev->n_sm*per_sm;
+    const int32_t n_tile = ceil_div((int64_t) s->group_size*ceil_div(s->head_dim, 16), rebuild_units(cells));
+    // more blocks fill the device better, but every block unpacks for itself (about 0.15 of a block's time)
+    double least = 0;
+    p->n_split = 1;
+    for (int32_t n = 1; n <= n_tile && n*(int64_t) s->n_group <= 65535; n++) {
+        const double time = ceil_div(blocks*n, slots)*((double) ceil_div(n_tile, n)/n_tile + 0.15);
+        if (n == 1 || time < least) {
+            least = time;
+            p->n_split = n;
+        }
+    }
+    static const char * const names[2][3] = {
+        { "palu_rebuild_values_128", "palu_rebuild_values_64", "palu_rebuild_values_32" },
+        { "palu_rebuild_keys_128", "palu_rebuild_keys_64", "palu_rebuild_keys_32" },
+    };
+    return set_launch(dev, out, names[p->rope.pair_dim != 0][cells == 128 ? 0 : cells == 64 ? 1 : 2], ceil_div(p->n_kv, cells),
+        (int64_t) s->n_group*p->n_split, p->n_stream, 256, rebuild_smem(p, cells));
+}
+
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]) {
-    (void) dev;
-    (void) p;
     (void) groups;
-    memset(out, 0, sizeof(*out));
+    // the largest tile of which two fit a multiprocessor (one is multiplied while the other is written), else of which one
+    // fits, else as many channels at a time as fit
+    static const struct { int32_t cells, stages, per_sm; } shapes[] = {
+        { 128, 3, 2 }, { 128, 2, 2 }, { 64, 2, 2 }, { 32, 2, 2 }, { 128, 3, 1 }, { 64, 3, 1 }, { 64, 2, 1 }, { 32, 2, 1 },
+    };
+    const size_t optin = (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT);
+    const size_t reserved = dev->arch >= 80 ? 1024 : 0; // per block
+    p->slab = ceil_div(p->side.rank_max, 32)*32;
+    for (size_t i = 0; i < sizeof(shapes)/sizeof(shapes[0]); i++) {
+        p->stages = shapes[i].stages;
+        if (rebuild_smem(p, shapes[i].cells) <= (optin + reserved)/shapes[i].per_sm - reserved) {
+            return rebuild_launch(dev, p, shapes[i].cells, shapes[i].per_sm, &out[0]);
+        }
+    }
+    p->stages = 2;
+    for (p->slab = p->slab/64*64; p->slab >= 64; p->slab -= 64) {
+        if (rebuild_smem(p, 32) <= optin) {
+            return rebuild_launch(dev, p, 32, 1, &out[0]);
+        }
+    }
     return -1;
 }
 
