@@ -1,4 +1,309 @@
-// check_mma.cuh - checks and times what rebuilds rows; part of check.cu.
+// check_mma.cuh - checks and times what stores and what rebuilds rows; part of check.cu.
+
+// Median of n runs in microseconds, with events around each.
+template <typename F> static float time_us(int n, F f) {
+    cudaEvent_t e[2];
+    CHECK(cudaEventCreate(&e[0]));
+    CHECK(cudaEventCreate(&e[1]));
+    std::vector<float> all;
+    for (int i = -3; i < n; i++) {
+        f(i + 3);
+        CHECK(cudaEventRecord(e[0]));
+        f(i + 3);
+        CHECK(cudaEventRecord(e[1]));
+        CHECK(cudaEventSynchronize(e[1]));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, e[0], e[1]));
+        if (i >= 0) {
+            all.push_back(ms*1000);
+        }
+    }
+    CHECK(cudaEventDestroy(e[0]));
+    CHECK(cudaEventDestroy(e[1]));
+    std::sort(all.begin(), all.end());
+    return all[n/2];
+}
+
+//
+// Store
+//
+
+struct StoreCase {
+    const char * name;
+    int n_head, hd, group_size;
+    std::vector<int> ranks;
+    int b0, b1, n_token;
+    int gap = 0;  // floats between the heads of a token, and between tokens
+    int skew = 0; // floats before the first
+};
+
+static void check_store(const StoreCase & c) {
+    if (left_out(c.name)) {
+        return;
+    }
+    Side s = make_side(c.n_head, c.hd, c.group_size, c.ranks, c.b0, c.b1, nullptr, true, 4);
+    const int n_row = c.n_token + 5;
+    const size_t nb_head = c.hd + c.gap, nb_token = c.n_head*nb_head + c.gap;
+    std::vector<float> x(c.skew + c.n_token*nb_token, NAN);
+    auto at = [&](int t, int h, int i) -> float & { return x[c.skew + t*nb_token + h*nb_head + i]; };
+    const int bad = c.n_token > 2 ? 2 : -1;
+    for (int t = 0; t < c.n_token; t++) {
+        for (int h = 0; h < c.n_head; h++) {
+            for (int i = 0; i < c.hd; i++) {
+                at(t, h, i) = (t%7 == 6 ? 1e6f : t%7 == 5 ? 1e-6f : 2.0f)*gauss();
+            }
+        }
+    }
+    if (bad >= 0) {
+        at(bad, 0, 3) = c.n_token%2 ? NAN : INFINITY;
+    }
+    std::vector<int64_t> idxs(n_row);
+    for (int i = 0; i < n_row; i++) {
+        idxs[i] = i;
+    }
+    std::shuffle(idxs.begin(), idxs.end(), rng);
+    palu_cuda_store p = {};
+    p.side = s.dev;
+    p.x = upload(x) + c.skew;
+    p.x_nb_head = nb_head*4;
+    p.x_nb_token = nb_token*4;
+    p.idxs = upload(idxs);
+    p.n_token = c.n_token;
+
+    // latents in double precision
+    std::vector<double> latent((size_t) c.n_token*s.dev.rank_sum);
+    std::vector<std::thread> threads;
+    const int n_thread = std::max(1u, std::thread::hardware_concurrency());
+    for (int th = 0; th < n_thread; th++) {
+        threads.emplace_back([&, th] {
+            for (int t = th; t < c.n_token; t += n_thread) {
+                for (int g = 0; g < s.dev.n_group; g++) {
+                    const auto & group = s.groups[g];
+                    const int d = c.group_size*c.hd;
+                    for (int i = 0; i < group.rank; i++) {
+                        double z = 0;
+                        for (int j = 0; j < d; j++) {
+                            __half e;
+                            memcpy(&e, &s.enc[group.enc0 + (int64_t) i*d + j], 2);
+                            z += (double) __half2float(e)*((double) at(t, g*c.group_size + j/c.hd, j%c.hd) - s.mean[g*d + j]);
+                        }
+                        latent[(size_t) t*s.dev.rank_sum + group.step0 + i] = z;
+                    }
+                }
+            }
+        });
+    }
+    for (auto & t : threads) {
+        t.join();
+    }
+
+    printf("%-58s", c.name);
+    std::vector<palu_cuda_device> devices = { device, device };
+    devices[1].arch = 75;
+    devices[1].n_sm = (int64_t) c.n_token*s.dev.n_group >= device.n_sm*4 ? 1 << 20 : 1; // the other way to quantize
+    for (const palu_cuda_device & dev : devices) {
+        p.rows = (uint8_t *) room((size_t) n_row*s.dev.row_bytes);
+        palu_cuda_launch l[2];
+        if (palu_cuda_plan_store(&dev, &p, s.groups.data(), l)) {
+            printf("no plan\n");
+            exit(2);
+        }
+        p.latent = (float *) room(palu_cuda_latent_size(&p)*4);
+        launch(l[0], p);
+        launch(l[1], p);
+        std::vector<uint8_t> rows((size_t) n_row*s.dev.row_bytes);
+        std::vector<float> z(latent.size());
+        CHECK(cudaMemcpy(rows.data(), p.rows, rows.size(), cudaMemcpyDeviceToHost));
+        CHECK(cudaMemcpy(z.data(), p.latent, z.size()*4, cudaMemcpyDeviceToHost));
+        // the same search in double precision; codes next to a rounding boundary may differ
+        size_t n_code = 0, n_diff = 0;
+        int n_scale = 0;
+        double worst = 0; // of a latent's relative error
+        bool ok = true;
+        for (int t = 0; t < c.n_token; t++) {
+            const uint8_t * row = &rows[idxs[t]*s.dev.row_bytes];
+            for (int g = 0; g < s.dev.n_group; g++) {
+                const auto & group = s.groups[g];
+                if (t == bad && g == 0) {
+                    ok &= std::isnan(scale_at(group, row));
+                    continue;
+                }
+                const double * ref = &latent[(size_t) t*s.dev.rank_sum + group.step0];
+                std::vector<double> y(group.rank), half(group.rank), w(group.rank);
+                double top = 0, e2 = 0, z2 = 0;
+                for (int i = 0; i < group.rank; i++) {
+                    const double e = z[(size_t) t*s.dev.rank_sum + group.step0 + i] - ref[i];
+                    e2 += e*e;
+                    z2 += ref[i]*ref[i];
+                    half[i] = ((1 << (s.segs[group.seg0 + i/8] >> 24)) - 1)*0.5;
+                    y[i] = ref[i]/s.step[group.step0 + i];
+                    w[i] = (double) s.step[group.step0 + i]*s.step[group.step0 + i];
+                    top = std::max(top, std::fabs(y[i])/(half[i] + 0.5));
+                }
+                worst = std::max(worst, group.rank ? std::sqrt(e2/z2) : 0);
+                auto level = [&](int i, double scale) { return std::nearbyint(std::min(std::max(y[i]/scale + half[i], 0.0), 2*half[i])) - half[i]; };
+                auto error = [&](double scale) {
+                    double e = 0;
+                    for (int i = 0; i < group.rank; i++) {
+                        const double d = y[i] - level(i, scale)*scale;
+                        e += d*d*w[i];
+                    }
+                    return e;
+                };
+                auto as_f16 = [](double v) { return (double) __half2float(__float2half((float) v)); };
+                double best = 0, least = INFINITY;
+                int worse = 0;
+                for (float scale = std::min((float) top, 65504.0f); worse < 3; scale /= 1.19f) {
+                    const double h = as_f16(scale);
+                    if (h == 0) {
+                        break;
+                    }
+                    const double e = error(h);
+                    if (e < least) {
+                        best = h;
+                        least = e;
+                        worse = 0;
+                    } else {
+                        worse++;
+                    }
+                }
+                double ratio = std::sqrt(1.19);
+                for (int r = 0; r < 2; r++, ratio = std::sqrt(ratio)) {
+                    const double middle = best;
+                    for (const double h : { as_f16(middle*ratio), as_f16(middle/ratio) }) {
+                        if (h > 0 && std::isfinite(h) && error(h) < least) {
+                            best = h;
+                            least = error(h);
+                        }
+                    }
+                }
+                if (best > 0) {
+                    double above = 0, below = 0;
+                    for (int i = 0; i < group.rank; i++) {
+                        above += w[i]*level(i, best)*y[i];
+                        below += w[i]*level(i, best)*level(i, best);
+                    }
+                    const double refit = as_f16(above/below);
+                    if (refit > 0 && std::isfinite(refit) && error(refit) < least) {
+                        best = refit;
+                    }
+                }
+                n_scale += best != scale_at(group, row);
+                for (int i = 0; i < group.rank; i++) {
+                    const int want = best > 0 ? (int)(level(i, best) + half[i]) : 0;
+                    n_diff += want != code_at(s, group, row, i);
+                    ok &= std::abs(want - code_at(s, group, row, i)) <= 1 || best != scale_at(group, row);
+                    n_code++;
+                }
+            }
+            for (int i = s.groups.back().row_end; i < s.dev.row_bytes; i++) {
+                ok &= row[i] == 0;
+            }
+        }
+        for (int i = c.n_token; i < n_row; i++) {
+            for (int j = 0; j < s.dev.row_bytes; j++) {
+                ok &= rows[idxs[i]*s.dev.row_bytes + j] == 0xff; // not named, not touched
+            }
+        }
+        ok &= n_diff < 1 + n_code/2000 && n_scale <= 1 + c.n_token*s.dev.n_group/50 && worst < 1e-6;
+        printf("  %s, %s: %.1e, %zu of %zu codes, %d scales differ%s", l[0].kernel ? l[0].kernel + 5 : "", l[1].kernel + 5, worst, n_diff, n_code, n_scale, ok ? "" : " WRONG");
+        n_wrong += !ok;
+    }
+    printf("\n");
+    fflush(stdout);
+    free_all();
+}
+
+// Mean time of a store in a graph of 40, each with an encoder of its own: those of a model do not stay in the cache either.
+static void bench_store(const StoreCase & c) {
+    if (left_out(c.name)) {
+        return;
+    }
+    Side s = make_side(c.n_head, c.hd, c.group_size, c.ranks, c.b0, c.b1, nullptr, true, 4);
+    const int n_rep = 40;
+    std::vector<float> x((size_t) c.n_token*c.n_head*c.hd);
+    for (float & f : x) {
+        f = gauss();
+    }
+    std::vector<int64_t> idxs(c.n_token);
+    for (int i = 0; i < c.n_token; i++) {
+        idxs[i] = i;
+    }
+    palu_cuda_store p = {};
+    p.side = s.dev;
+    p.x = upload(x);
+    p.x_nb_head = c.hd*4;
+    p.x_nb_token = (int64_t) c.n_head*c.hd*4;
+    p.idxs = upload(idxs);
+    p.n_token = c.n_token;
+    p.rows = (uint8_t *) room((size_t) c.n_token*s.dev.row_bytes);
+    palu_cuda_launch l[2];
+    palu_cuda_plan_store(&device, &p, s.groups.data(), l);
+    p.latent = (float *) room(palu_cuda_latent_size(&p)*4);
+    std::vector<uint16_t *> enc;
+    for (int i = 0; i < n_rep; i++) {
+        enc.push_back(upload(s.enc));
+    }
+    launch(l[0], p); // sets the attributes
+    launch(l[1], p);
+    CHECK(cudaDeviceSynchronize());
+    float us[3];
+    for (int what = 0; what < 3; what++) { // both, project, quantize
+        cudaStream_t stream;
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CHECK(cudaStreamCreate(&stream));
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        for (int i = 0; i < n_rep; i++) {
+            p.side.enc = enc[i];
+            for (int j = 0; j < 2; j++) {
+                if (what == 0 || what == j + 1) {
+                    launch(l[j], p, stream);
+                }
+            }
+        }
+        CHECK(cudaStreamEndCapture(stream, &graph));
+        CHECK(cudaGraphInstantiate(&exec, graph, 0));
+        us[what] = time_us(10, [&](int) { CHECK(cudaGraphLaunch(exec, 0)); })/n_rep;
+        CHECK(cudaGraphExecDestroy(exec));
+        CHECK(cudaGraphDestroy(graph));
+        CHECK(cudaStreamDestroy(stream));
+    }
+    double flop = 0, bytes = x.size()*4.0 + (double) c.n_token*s.dev.row_bytes + s.enc.size()*2.0;
+    for (const auto & g : s.groups) {
+        flop += 2.0*g.rank*c.group_size*c.hd*c.n_token;
+    }
+    printf("%-44s %5d tokens  %6.1f us (%s %5.1f, %s %5.1f; floors: %5.1f us at 4.3 TB/s, %5.1f us at 495 TFLOP/s in two parts)\n", c.name, c.n_token,
+        us[0], l[0].kernel + 5, us[1], l[1].kernel + 5, us[2], bytes/4.3e6, 2*flop/495e6);
+    fflush(stdout);
+    free_all();
+}
+
+static void check_all_store() {
+    check_store({ "store 32x128, groups of 4, rank 128, 1 token",      32, 128, 4, {128}, 4, 2, 1 });
+    check_store({ "store 8x128 joint, rank 600, 19 tokens",            8, 128, 8, {600}, 6, 3, 19 });
+    check_store({ "store 8x128 joint, rank 448, 600 tokens, strides",  8, 128, 8, {448}, 6, 3, 600, 4 });
+    check_store({ "store 3x96, ranks 0 to 64, all bits, 9 tokens",     3, 96, 1, {64, 0, 8}, 0, 0, 9 });
+    check_store({ "store 3x96, ranks 0 to 64, all bits, 34 tokens",    3, 96, 1, {64, 0, 8}, 0, 0, 34, 0, 1 });
+    check_store({ "store 4x80, odd strides, 70 tokens",                4, 80, 1, {56, 80}, 0, 0, 70, 1 });
+    check_store({ "store 2x90, groups of 2, 20 tokens",                2, 90, 2, {40}, 0, 0, 20 });
+    check_store({ "store 32x128 joint, rank 2048, 17 tokens",          32, 128, 32, {2048}, 4, 1, 17 });
+}
+
+static void bench_all_store() {
+    for (int n : { 1, 2, 4, 8, 16, 32, 512, 2048 }) {
+        bench_store({ "store keys 8x128 joint, 448",          8, 128, 8, {448}, 6, 3, n });
+        bench_store({ "store values 8x128 joint, 600",        8, 128, 8, {600}, 6, 3, n });
+    }
+    for (int n : { 1, 512 }) {
+        bench_store({ "store keys 32x128, groups of 4, 128",     32, 128, 4, {128}, 4, 2, n });
+        bench_store({ "store values 32x128, groups of 4, 384",   32, 128, 4, {384}, 4, 2, n });
+    }
+}
+
+//
+// Rebuild
+//
 
 // Devices that the plans are made for: this one, then as if it had the shared memory of smaller ones, and few multiprocessors.
 static std::vector<palu_cuda_device> planned_devices() {
@@ -125,30 +430,6 @@ static void check_rebuild(const RebuildCase & c) {
     printf("\n");
     fflush(stdout);
     free_all();
-}
-
-// Median of n runs in microseconds, with events around each.
-template <typename F> static float time_us(int n, F f) {
-    cudaEvent_t e[2];
-    CHECK(cudaEventCreate(&e[0]));
-    CHECK(cudaEventCreate(&e[1]));
-    std::vector<float> all;
-    for (int i = -3; i < n; i++) {
-        f(i + 3);
-        CHECK(cudaEventRecord(e[0]));
-        f(i + 3);
-        CHECK(cudaEventRecord(e[1]));
-        CHECK(cudaEventSynchronize(e[1]));
-        float ms;
-        CHECK(cudaEventElapsedTime(&ms, e[0], e[1]));
-        if (i >= 0) {
-            all.push_back(ms*1000);
-        }
-    }
-    CHECK(cudaEventDestroy(e[0]));
-    CHECK(cudaEventDestroy(e[1]));
-    std::sort(all.begin(), all.end());
-    return all[n/2];
 }
 
 static void bench_rebuild(const RebuildCase & c, bool every) {

@@ -82,6 +82,14 @@ static __device__ __forceinline__ void f16(float (&c)[4], const uint32_t (&a)[4]
 #endif
 }
 
+// c[16][8] += a[16][8] b[8][8], tf32 (the upper 19 bits of f32) to f32
+static __device__ __forceinline__ void tf32(float (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
+#ifdef PALU_SM80
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
 // Eight codes of one segment, as they stand in the row, and then as bytes.
 struct Segment {
     uint32_t lo; // from code 0 on

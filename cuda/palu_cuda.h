@@ -20,6 +20,8 @@ extern "C" {
 #define PALU_CUDA_SEGMENT 8       // channels that share a bit width: b bits are b bytes
 #define PALU_CUDA_RANK_ALIGN 32   // decoders are padded with zeros to this many channels
 #define PALU_CUDA_TILE 64         // cells that the decode kernels take at a time
+#define PALU_CUDA_PROJECT_TOKENS 4   // of a block of palu_project
+#define PALU_CUDA_PROJECT_SMEM 62208 // bytes of palu_project_mma
 
 // One head group of one side.
 typedef struct palu_cuda_group {
@@ -110,7 +112,7 @@ typedef struct palu_cuda_store {
     int64_t         x_nb_token;
     const int64_t * idxs;     // [n_token]
     uint8_t       * rows;     // [n_row][row_bytes]
-    float         * latent;   // scratch [n_token][rank_sum]
+    float         * latent;   // scratch [n_token][rank_sum], 16-byte aligned
     int32_t         n_token;
 } palu_cuda_store;
 
@@ -131,8 +133,11 @@ typedef struct palu_cuda_rebuild {
 } palu_cuda_rebuild;
 
 // Kernels (extern "C"; the struct is the only parameter, passed by value):
-//   palu_project (palu_cuda_store)  grid (ceil(rank_sum/16), ceil(n_token/8)), 128 threads
-//   palu_quantize(palu_cuda_store)  grid (n_token, n_group), 128 threads, dynamic shared memory 5*rank_max + 64 bytes
+//   palu_project      (palu_cuda_store)  any shape; grid (ceil(rank_max/8), n_group, ceil(n_token/PALU_CUDA_PROJECT_TOKENS)), 256 threads
+//   palu_project_mma  (palu_cuda_store)  sm_80 and later, head_dim a multiple of 8; grid (ceil(rank_max/64), n_group, ceil(n_token/32)),
+//                                        128 threads, dynamic shared memory PALU_CUDA_PROJECT_SMEM
+//   palu_quantize     (palu_cuda_store)  grid (n_token, n_group), 128 threads, dynamic shared memory palu_cuda_quantize_smem()
+//   palu_quantize_warp(palu_cuda_store)  grid (ceil(n_token/4), n_group), 128 threads, dynamic shared memory 4*palu_cuda_quantize_smem()
 //   palu_decode  (palu_cuda_attn)   any shape; grid (n_chunk, n_head_kv*ceil(n_col/8), n_stream), n_col = n_token*n_head/n_head_kv,
 //                                   128 threads, dynamic shared memory palu_cuda_decode_smem()
 //   palu_decode_sm90_*(palu_cuda_attn) few query rows on sm_90a; grid (n_chunk, n_head_kv/heads_per_cta, n_stream),
@@ -176,6 +181,11 @@ size_t palu_cuda_partial_size(const palu_cuda_attn  * p);
 static inline int32_t palu_cuda_key_channel(int32_t c) { return (c & ~31) | (c >> 2 & 1) << 4 | (c >> 3 & 3) << 2 | (c & 3); }
 
 static inline int32_t palu_cuda_max32(int32_t a, int32_t b) { return a > b ? a : b; }
+
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+static inline size_t palu_cuda_quantize_smem(int32_t rank_max) { return 64 + 4*(size_t)(2*rank_max + (rank_max + 31)/32*4); }
 
 static inline size_t palu_cuda_decode_smem(const palu_cuda_attn * p) {
     const int32_t rank = palu_cuda_max32(p->k.rank_max, p->v.rank_max);

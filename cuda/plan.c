@@ -33,10 +33,18 @@ static int set_launch(const palu_cuda_device * dev, palu_cuda_launch * out, cons
 int palu_cuda_plan_store(const palu_cuda_device * dev, palu_cuda_store * p, const palu_cuda_group * groups, palu_cuda_launch out[2]) {
     (void) groups;
     const palu_cuda_side * s = &p->side;
-    if (set_launch(dev, &out[0], "palu_project", ceil_div(s->rank_sum, 16), ceil_div(p->n_token, 8), 1, 128, 0)) {
+    // tensor cores from half of one of their tiles on
+    const int mma = dev->arch >= 80 && p->n_token >= 16 && s->head_dim%8 == 0;
+    if (mma ? set_launch(dev, &out[0], "palu_project_mma", ceil_div(s->rank_max, 64), s->n_group, ceil_div(p->n_token, 32), 128, PALU_CUDA_PROJECT_SMEM)
+            : set_launch(dev, &out[0], "palu_project", ceil_div(s->rank_max, 8), s->n_group, ceil_div(p->n_token, PALU_CUDA_PROJECT_TOKENS), 256, 0)) {
         return -1;
     }
-    return set_launch(dev, &out[1], "palu_quantize", p->n_token, s->n_group, 1, 128, 5*(size_t) s->rank_max + 64);
+    // one warp per token and group, if that is enough to do
+    const size_t smem = palu_cuda_quantize_smem(s->rank_max);
+    if ((int64_t) p->n_token*s->n_group >= (int64_t) dev->n_sm*4 && 4*smem <= (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT)) {
+        return set_launch(dev, &out[1], "palu_quantize_warp", ceil_div(p->n_token, 4), s->n_group, 1, 128, 4*smem);
+    }
+    return set_launch(dev, &out[1], "palu_quantize", p->n_token, s->n_group, 1, 128, smem);
 }
 
 size_t palu_cuda_latent_size(const palu_cuda_store * p) { return (size_t) p->n_token*p->side.rank_sum; }
@@ -55,7 +63,8 @@ static size_t rebuild_smem(const palu_cuda_rebuild * p, int32_t cells) {
          + (size_t) p->stages*units*16*64                                         // decoder
          + (p->rope.pair_dim ? (size_t) cells*(pairs + 2)*4 : 0)  // cos, sin
          + (size_t) 2*units*52*4                                                  // per dimension
-         + (size_t) cells*4;                                                      // scales
+         + (size_t) cells*4                                                       // scales
+         + (size_t) pairs/8*(4 + 32);                                             // dimensions
 }
 
 static int rebuild_launch(const palu_cuda_device * dev, palu_cuda_rebuild * p, int32_t cells, int32_t per_sm, palu_cuda_launch * out) {
