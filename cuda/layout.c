@@ -9,7 +9,7 @@ const size_t palu_cuda_layout[] = {
     sizeof(palu_cuda_attn),    offsetof(palu_cuda_attn, rows_k),       offsetof(palu_cuda_attn, out),
                                offsetof(palu_cuda_attn, mask_f16),     offsetof(palu_cuda_attn, v_stage_words),
     sizeof(palu_cuda_store),   offsetof(palu_cuda_store, latent),      offsetof(palu_cuda_store, n_token),
-    sizeof(palu_cuda_rebuild), offsetof(palu_cuda_rebuild, out),       offsetof(palu_cuda_rebuild, n_kv),
+    sizeof(palu_cuda_rebuild), offsetof(palu_cuda_rebuild, out),       offsetof(palu_cuda_rebuild, stages),
     sizeof(palu_cuda_device),  sizeof(palu_cuda_launch),               offsetof(palu_cuda_launch, smem),
 };
 

@@ -130,6 +130,9 @@ mod abi {
         pub out: *mut u16,
         pub n_stream: i32,
         pub n_kv: i32,
+        pub n_split: i32,
+        pub slab: i32,
+        pub stages: i32,
     }
 
     #[repr(C)]
@@ -576,6 +579,9 @@ impl CudaLayer {
             out: p.out,
             n_stream: int(p.n_stream)?,
             n_kv: int(p.n_kv)?,
+            n_split: 0,
+            slab: 0,
+            stages: 0,
         };
         let mut launch = Launch::NONE;
         // SAFETY: plain data, and the groups of this side
@@ -718,7 +724,7 @@ mod tests {
             size_of::<abi::Rope>(), offset_of!(abi::Rope, mag),
             size_of::<Attn>(), offset_of!(Attn, rows_k), offset_of!(Attn, out), offset_of!(Attn, mask_f16), offset_of!(Attn, v_stage_words),
             size_of::<Store>(), offset_of!(Store, latent), offset_of!(Store, n_token),
-            size_of::<Rebuild>(), offset_of!(Rebuild, out), offset_of!(Rebuild, n_kv),
+            size_of::<Rebuild>(), offset_of!(Rebuild, out), offset_of!(Rebuild, stages),
             size_of::<DeviceInfo>(), size_of::<Launch>(), offset_of!(Launch, smem),
         ];
         // SAFETY: constants of layout.c; only the first palu_cuda_layout_n of them exist
