@@ -21,7 +21,7 @@ extern "C" {
 #define PALU_CUDA_RANK_ALIGN 32   // decoders are padded with zeros to this many channels
 #define PALU_CUDA_TILE 64         // cells that the decode kernels take at a time
 #define PALU_CUDA_PROJECT_TOKENS 4   // of a block of palu_project
-#define PALU_CUDA_PROJECT_SMEM 62208 // bytes of palu_project_mma
+#define PALU_CUDA_PROJECT_SMEM 82944 // bytes of palu_project_mma
 
 // One head group of one side.
 typedef struct palu_cuda_group {
@@ -135,8 +135,8 @@ typedef struct palu_cuda_rebuild {
 // Kernels (extern "C"; the struct is the only parameter, passed by value):
 //   palu_project      (palu_cuda_store)  any shape; grid (ceil(rank_max/8), n_group, ceil(n_token/PALU_CUDA_PROJECT_TOKENS)), 256 threads
 //   palu_project_mma  (palu_cuda_store)  sm_80 and later, head_dim a multiple of 8; grid (ceil(rank_max/64), n_group, ceil(n_token/32)),
-//                                        128 threads, dynamic shared memory PALU_CUDA_PROJECT_SMEM
-//   palu_quantize     (palu_cuda_store)  grid (n_token, n_group), 128 threads, dynamic shared memory palu_cuda_quantize_smem()
+//                                        256 threads, dynamic shared memory PALU_CUDA_PROJECT_SMEM
+//   palu_quantize     (palu_cuda_store)  grid (n_token, n_group), 256 threads, dynamic shared memory palu_cuda_quantize_smem()
 //   palu_quantize_warp(palu_cuda_store)  grid (ceil(n_token/4), n_group), 128 threads, dynamic shared memory 4*palu_cuda_quantize_smem()
 //   palu_decode  (palu_cuda_attn)   any shape; grid (n_chunk, n_head_kv*ceil(n_col/8), n_stream), n_col = n_token*n_head/n_head_kv,
 //                                   128 threads, dynamic shared memory palu_cuda_decode_smem()

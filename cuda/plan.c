@@ -35,7 +35,7 @@ int palu_cuda_plan_store(const palu_cuda_device * dev, palu_cuda_store * p, cons
     const palu_cuda_side * s = &p->side;
     // tensor cores from half of one of their tiles on
     const int mma = dev->arch >= 80 && p->n_token >= 16 && s->head_dim%8 == 0;
-    if (mma ? set_launch(dev, &out[0], "palu_project_mma", ceil_div(s->rank_max, 64), s->n_group, ceil_div(p->n_token, 32), 128, PALU_CUDA_PROJECT_SMEM)
+    if (mma ? set_launch(dev, &out[0], "palu_project_mma", ceil_div(s->rank_max, 64), s->n_group, ceil_div(p->n_token, 32), 256, PALU_CUDA_PROJECT_SMEM)
             : set_launch(dev, &out[0], "palu_project", ceil_div(s->rank_max, 8), s->n_group, ceil_div(p->n_token, PALU_CUDA_PROJECT_TOKENS), 256, 0)) {
         return -1;
     }
@@ -44,7 +44,7 @@ int palu_cuda_plan_store(const palu_cuda_device * dev, palu_cuda_store * p, cons
     if ((int64_t) p->n_token*s->n_group >= (int64_t) dev->n_sm*4 && 4*smem <= (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT)) {
         return set_launch(dev, &out[1], "palu_quantize_warp", ceil_div(p->n_token, 4), s->n_group, 1, 128, 4*smem);
     }
-    return set_launch(dev, &out[1], "palu_quantize", p->n_token, s->n_group, 1, 128, smem);
+    return set_launch(dev, &out[1], "palu_quantize", p->n_token, s->n_group, 1, 256, smem);
 }
 
 size_t palu_cuda_latent_size(const palu_cuda_store * p) { return (size_t) p->n_token*p->side.rank_sum; }

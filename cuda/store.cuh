@@ -84,13 +84,13 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
 
 //
 // Projection with tensor cores: x - mean is split into two tf32 numbers, whose products with the encoder's f16 are exact.
-// The tensor cores truncate sums, so no more than 64 products are added there.
+// The tensor cores truncate sums, so no more than 32 products are added there.
 //
 
-// 32 tokens and 64 channels per block, 64 dimensions at a time
-extern "C" __global__ void __launch_bounds__(128) palu_project_mma(const __grid_constant__ palu_cuda_store p) {
+// 32 tokens and 64 channels per block, 64 dimensions at a time, of which a warp takes half
+extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_constant__ palu_cuda_store p) {
 #ifdef PALU_SM80
-    constexpr int STAGES = 3;
+    constexpr int STAGES = 4;
     constexpr int X_STRIDE = 80; // floats; 16 modulo 32, so that the rows of a quarter warp differ in their banks
     constexpr int E_STRIDE = 80; // halves; 32 bytes modulo 128, likewise
     struct Stage {
@@ -128,8 +128,8 @@ extern "C" __global__ void __launch_bounds__(128) palu_project_mma(const __grid_
             const int head = jx/hd;
             const char * from = x + head*p.x_nb_head + (jx - head*hd)*4;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int t = tid/16 + i*8;
+            for (int i = 0; i < 2; i++) {
+                const int t = tid/16 + i*16;
                 float * to = s.x + t*X_STRIDE + tid%16*4;
                 const char * at = from + min(t0 + t, p.n_token - 1)*p.x_nb_token;
                 if (jx >= d) {
@@ -144,8 +144,8 @@ extern "C" __global__ void __launch_bounds__(128) palu_project_mma(const __grid_
             }
             const int je = chunk*64 + tid%8*8;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int c = tid/8 + i*16;
+            for (int i = 0; i < 2; i++) {
+                const int c = tid/8 + i*32;
                 __half * to = s.enc + c*E_STRIDE + tid%8*8;
                 if (je >= d) {
                     *(uint4 *) to = make_uint4(0, 0, 0, 0);
@@ -169,7 +169,8 @@ extern "C" __global__ void __launch_bounds__(128) palu_project_mma(const __grid_
         load(i);
     }
     const int row = warp%2*16 + lane/4;
-    const int col = warp/2*32 + lane/4;
+    const int col = warp/2%2*32 + lane/4;
+    const int k_begin = warp/4*32;
     const int k4 = lane%4*4;
     float sum[4][4] = {};
     for (int chunk = 0; chunk < n_chunk; chunk++) {
@@ -177,9 +178,10 @@ extern "C" __global__ void __launch_bounds__(128) palu_project_mma(const __grid_
         __syncthreads();
         load(chunk + STAGES - 1);
         const Stage & s = stage[chunk%STAGES];
-        float acc[4][4] = {};
+        float acc_hi[4][4] = {};
+        float acc_lo[4][4] = {};
 #pragma unroll
-        for (int k = 0; k < 64; k += 16) {
+        for (int k = k_begin; k < k_begin + 32; k += 16) {
             const float4 m = *(const float4 *)(s.mean + k + k4);
             const float4 x0 = store_minus(*(const float4 *)(s.x + row*X_STRIDE + k + k4), m);
             const float4 x1 = store_minus(*(const float4 *)(s.x + (row + 8)*X_STRIDE + k + k4), m);
@@ -199,17 +201,33 @@ extern "C" __global__ void __launch_bounds__(128) palu_project_mma(const __grid_
                 const uint32_t b[4] = { __float_as_uint(e0.x), __float_as_uint(e0.y), __float_as_uint(e1.x), __float_as_uint(e1.y) };
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    mma::tf32(acc[n], lo + 4*i, b[2*i], b[2*i + 1]);
-                    mma::tf32(acc[n], hi + 4*i, b[2*i], b[2*i + 1]);
+                    mma::tf32(acc_lo[n], lo + 4*i, b[2*i], b[2*i + 1]);
+                    mma::tf32(acc_hi[n], hi + 4*i, b[2*i], b[2*i + 1]);
                 }
             }
         }
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            sum[i/4][i%4] += acc[i/4][i%4];
+            sum[i/4][i%4] += acc_hi[i/4][i%4] + acc_lo[i/4][i%4];
         }
     }
     mma::copy_wait<0>();
+    __syncthreads();
+    float * other = (float *) smem_project + tid%128;
+    if (warp >= 4) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            other[i*128] = sum[i/4][i%4];
+        }
+    }
+    __syncthreads();
+    if (warp >= 4) {
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        sum[i/4][i%4] += other[i*128];
+    }
 #pragma unroll
     for (int n = 0; n < 4; n++) {
         const int c = c0 + warp/2*32 + n*8 + lane%4*2;
@@ -228,8 +246,9 @@ extern "C" __global__ void __launch_bounds__(128) palu_project_mma(const __grid_
 // Quantization: a block, or a warp, per token and group
 //
 
-// The scales to try form a sequence that does not depend on what came of them, until the search stops: so a block's four
-// warps try four at a time. That is the shorter way; a warp alone does less in total.
+// The scales to try form a sequence that does not depend on what came of them, until the search stops: so a block's eight
+// warps try eight at a time, and all that the refinement may come to at once. That is the shorter way; a warp alone does
+// less in total.
 template <int WARPS>
 static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8_t * smem, int token, int gi) {
     constexpr int THREADS = 32*WARPS;
@@ -313,11 +332,13 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
         const float e = fmaf(-(level(y, inverse, h) - h), scale, y);
         return fmaf(e*e, w, sum);
     };
-    auto error = [&](float scale) {
+    // by the warp alone, or its part of what the block finds together
+    auto error_of = [&](float scale, int from, int stride) {
         const float inverse = 1.0f/scale;
         float a = 0.0f;
         float b = 0.0f;
-        for (int c = lane*4; c < rank; c += 128) {
+#pragma unroll 4
+        for (int c = from; c < rank; c += stride) {
             const float4 v = *(const float4 *)(y + c);
             const float4 w = *(const float4 *)(weight + c);
             const float h = half[c/8];
@@ -327,6 +348,16 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
             b = term(v.w, w.w, h, scale, inverse, b);
         }
         return warp_sum(a + b);
+    };
+    auto error = [&](float scale) { return scale > 0.0f ? error_of(scale, lane*4, 128) : INFINITY; };
+    auto total = [&](float x) {
+        share(x, all);
+        float sum = all[0];
+#pragma unroll
+        for (int i = 1; i < WARPS; i++) {
+            sum += all[i];
+        }
+        return sum;
     };
     auto as_f16 = [](float x) { return __half2float(__float2half_rn(x)); };
 
@@ -344,9 +375,11 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
             for (int i = 0; i < WARPS; i++) {
                 s[i] = as_f16(scale);
                 mine = i == warp ? s[i] : mine;
-                scale /= 1.19f;
+                // scale /= 1.19f; exact for every float
+                const float q = scale*(1.0f/1.19f);
+                scale = fmaf(fmaf(-q, 1.19f, scale), 1.0f/1.19f, q);
             }
-            share(mine > 0.0f ? error(mine) : 0.0f, all);
+            share(error(mine), all);
 #pragma unroll
             for (int i = 0; i < WARPS; i++) {
                 if (s[i] == 0.0f) {
@@ -363,33 +396,55 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
             }
         }
         // twice half the distance around the best
-        float ratio = 1.09087121f; // sqrt(1.19)
-        for (int r = 0; r < 2 && best > 0.0f; r++) {
-            const float s[2] = { as_f16(best*ratio), as_f16(best/ratio) };
-            float e[2];
-            if (WARPS == 1) {
-                e[0] = error(s[0]);
-                e[1] = s[1] > 0.0f ? error(s[1]) : INFINITY;
-            } else {
-                share(s[warp & 1] > 0.0f ? error(s[warp & 1]) : INFINITY, all);
-                e[0] = all[0];
-                e[1] = all[WARPS > 1 ? 1 : 0];
+        constexpr float ratio[2] = { 1.09087121f, 1.04444778f }; // the root of 1.19 and its root
+        auto take = [&](float scale, float e) {
+            if (scale > 0.0f && isfinite(scale) && e < least) {
+                best = scale;
+                least = e;
             }
+        };
+        if (WARPS == 1) {
+            for (int r = 0; r < 2; r++) {
+                const float up = as_f16(best*ratio[r]);
+                const float down = as_f16(best/ratio[r]);
+                take(up, error(up));
+                take(down, error(down));
+            }
+        } else if (best > 0.0f) {
+            // up and down of the best; then of it and of these two
+            float s[8];
+            s[0] = as_f16(best*ratio[0]);
+            s[1] = as_f16(best/ratio[0]);
+            float mine = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (i >= 2) {
+                    const float middle = i < 4 ? best : i < 6 ? s[0] : s[1];
+                    s[i] = as_f16(i%2 ? middle/ratio[1] : middle*ratio[1]);
+                }
+                mine = i == warp ? s[i] : mine;
+            }
+            share(error(mine), all);
+            int from = 2;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                if (s[i] > 0.0f && isfinite(s[i]) && e[i] < least) {
-                    best = s[i];
-                    least = e[i];
+                const float before = least;
+                take(s[i], all[i%WARPS]);
+                from = least < before ? 4 + 2*i : from;
+            }
+#pragma unroll
+            for (int i = 2; i < 8; i++) {
+                if (i/2*2 == from) {
+                    take(s[i], all[i%WARPS]);
                 }
             }
-            ratio = 1.04444778f; // its root
         }
-        // the best scale for these codes; every warp for itself
+        // the best scale for these codes
         if (best > 0.0f) {
             const float inverse = 1.0f/best;
             float above = 0.0f;
             float below = 0.0f;
-            for (int c = lane*4; c < rank; c += 128) {
+            for (int c = tid*4; c < rank; c += THREADS*4) {
                 const float4 v = *(const float4 *)(y + c);
                 const float4 w = *(const float4 *)(weight + c);
                 const float h = half[c/8];
@@ -403,8 +458,10 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
                 add(v.z, w.z);
                 add(v.w, w.w);
             }
-            const float refit = as_f16(warp_sum(above)/warp_sum(below));
-            if (refit > 0.0f && isfinite(refit) && error(refit) < least) {
+            above = total(warp_sum(above));
+            below = total(warp_sum(below));
+            const float refit = as_f16(above/below);
+            if (refit > 0.0f && isfinite(refit) && total(error_of(refit, tid*4, THREADS*4)) < least) {
                 best = refit;
             }
         }
@@ -435,9 +492,9 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128) palu_quantize(const __grid_constant__ palu_cuda_store p) {
+extern "C" __global__ void __launch_bounds__(256) palu_quantize(const __grid_constant__ palu_cuda_store p) {
     extern __shared__ __align__(16) uint8_t smem_quantize[];
-    quantize<4>(p, smem_quantize, blockIdx.x, blockIdx.y);
+    quantize<8>(p, smem_quantize, blockIdx.x, blockIdx.y);
 }
 
 extern "C" __global__ void __launch_bounds__(128) palu_quantize_warp(const __grid_constant__ palu_cuda_store p) {
