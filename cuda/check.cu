@@ -253,9 +253,11 @@ static palu_cuda_device device = { 90, 132, 232448 };
 struct Named { const char * name; const void * f; };
 #define NAMED(F) { #F, (const void *) F },
 #define SM90(HD, HS, KS, UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN##_scaled)
+#define WIDE(KS) NAMED(palu_decode_sm90_wide_##KS) NAMED(palu_decode_sm90_wide_##KS##_scaled)
 static const Named kernels[] = {
     PALU_STORE_KERNELS(NAMED) PALU_REBUILD_KERNELS(NAMED)
     NAMED(palu_decode) NAMED(palu_combine) PALU_CUDA_SM90_KERNELS(SM90)
+    PALU_CUDA_WIDE_KERNELS(WIDE)
 };
 
 template <typename P> static void launch(const palu_cuda_launch & l, P p, cudaStream_t stream = 0) {
@@ -291,6 +293,10 @@ static Problem make_problem(const Case & c, bool rows = true) {
     x.k = make_side(c.n_head_kv, c.hd_k, c.group_k, c.rank_k, c.b0_k, c.b1_k, &x.rope.pair_dim, false, c.align, c.planes);
     x.v = make_side(c.n_head_kv, c.hd_v, c.group_v, c.rank_v, c.b0_v, c.b1_v, nullptr, false, c.align, c.planes);
     palu_cuda_attn & p = x.p;
+    std::vector<int8_t> tiles(x.k.dec.size());
+    if (!palu_cuda_tile_keys(&x.k.dev, x.k.groups.data(), x.rope.pair_dim.data(), x.k.dec.data(), tiles.data())) {
+        x.k.dev.dec_tiles = upload(tiles);
+    }
     p.k = x.k.dev;
     p.v = x.v.dev;
     p.rope.pair_dim = upload(x.rope.pair_dim);
@@ -668,6 +674,9 @@ int main(int argc, char ** argv) {
         { "MHA (2048, 2048), random positions, softcap", 32, 32, 128, 128,  4, 4, {256}, {256}, 6, 3, 6, 3,  1, 1,  640, 128, 0, false, 0, false, 20, 0, 2, 4 },
         { "GQA 32/8x128 joint, 448 and 600", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  900, 128, 0, false, 0, false, 0, 0, 0, 4 },
         { "the same, 2 tokens, 3 streams, f32 mask, ALiBi", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  2, 3,  200, 128, 0, false, 2, false, 0, 8, 1, 4 },
+        { "GQA 32/8x128 joint, 320 and 440, f16 mask, sinks, ALiBi", 32, 8, 128, 128,  8, 8, {320}, {440}, 5, 2, 5, 2,  1, 1,  1211, 128, 0, false, 1, true, 0, 8, 1, 4 },
+        { "GQA 16/8x128 joint, 2 tokens, 2 streams, NORM, softcap", 16, 8, 128, 128,  8, 8, {200}, {520}, 8, 1, 8, 1,  2, 2,  720, 64, 32, true, 2, false, 30, 0, 2, 4 },
+        { "MHA 2x128 joint, rank 8", 2, 2, 128, 128,  2, 2, {8}, {8}, 4, 4, 4, 4,  3, 1,  515, 128, 0, false, 1, false, 0, 0, 0, 4 },
         { "GQA 16/4x128 pairs, mixed ranks, all bits, NORM", 16, 4, 128, 128,  2, 2, {248, 72}, {136, 344}, 0, 0, 0, 0,  1, 2,  333, 64, 32, true, 1, true, 0, 0, 2, 4 },
         { "MHA 8x64, all bits, partial RoPE", 8, 8, 64, 64,  4, 4, {96}, {200}, 0, 0, 0, 0,  2, 1,  500, 32, 0, false, 0, false, 0, 0, 1, 4 },
         { "GQA 16/2x64 joint, NORM", 16, 2, 64, 64,  2, 2, {120}, {128}, 5, 2, 5, 2,  1, 1,  129, 64, 0, true, 2, false, 0, 0, 0, 4 },
@@ -703,6 +712,13 @@ int main(int argc, char ** argv) {
         Case gqa = cases[3];
         gqa.name = "GQA joint (448, 600)";
         bench_case(gqa, sizes);
+        Case gqa10 = gqa;
+        gqa10.name = "GQA joint (320, 440)";
+        gqa10.rank_k = {320};
+        gqa10.rank_v = {440};
+        gqa10.b0_k = gqa10.b0_v = 5;
+        gqa10.b1_k = gqa10.b1_v = 2;
+        bench_case(gqa10, sizes);
         gqa.align = 16;
         gqa.name = "GQA joint, rows of 16 bytes";
         bench_case(gqa, { 65536 });

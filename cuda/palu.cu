@@ -215,10 +215,10 @@ extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_const
 // Combine: merges the chunks of one query row, decodes the summed values once
 //
 
-extern "C" __global__ void __launch_bounds__(256) palu_combine(const __grid_constant__ palu_cuda_attn p) {
+extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_constant__ palu_cuda_attn p) {
     extern __shared__ __align__(16) uint8_t smem[];
-    float * u = (float *) smem;               // [rank_stride + 32]
-    float * weight = u + p.rank_stride + 32;  // [n_chunk]
+    float * u = (float *) smem;                           // [n_part][rank_pad], at most 4096 or rank_pad
+    float * weight = u + max(4096, p.rank_stride + 32);   // [n_chunk]
     const int tid = threadIdx.x;
     const int qh = blockIdx.x%p.n_head;
     const int head = qh/(p.n_head/p.v.n_head_kv);
@@ -248,11 +248,15 @@ extern "C" __global__ void __launch_bounds__(256) palu_combine(const __grid_cons
     const float all = sum + (p.sinks ? exp2f(p.sinks[qh]*LOG2E - base) : 0.0f);
     const float inv = all > 0.0f ? 1.0f/all : all == 0.0f ? 0.0f : all; // no visible cell: zeros
     __syncthreads();
-    for (int c = tid*4; c < g.rank_pad; c += 1024) {
+    // four channels per thread, and the chunks in n_part parts
+    const int n_quad = min(1024, g.rank_pad/4);
+    const int n_part = n_quad > 0 ? 1024/n_quad : 0;
+    const int mine = n_quad > 0 ? tid/n_quad : 0;
+    for (int c = n_quad > 0 ? tid%n_quad*4 : 0; c < g.rank_pad && mine < n_part; c += 4096) {
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (c < g.rank) {
-#pragma unroll 16
-            for (int i = 0; i < p.n_chunk; i++) {
+#pragma unroll 8
+            for (int i = mine; i < p.n_chunk; i += n_part) {
                 const float4 y = *(const float4 *)(part + (int64_t) i*stride + 4 + c);
                 const float w = weight[i];
                 x.x = fmaf(w, y.x, x.x);
@@ -260,26 +264,28 @@ extern "C" __global__ void __launch_bounds__(256) palu_combine(const __grid_cons
                 x.z = fmaf(w, y.z, x.z);
                 x.w = fmaf(w, y.w, x.w);
             }
-            const int bits = p.v.segs[g.seg0 + c/8] >> 24;
-            const float middle = ((1 << bits) - 1)*0.5f*sum_v;
-            x.x -= middle;
-            x.y -= middle;
-            x.z -= middle;
-            x.w -= middle;
         }
-        *(float4 *)(u + c) = x;
+        *(float4 *)(u + mine*g.rank_pad + c) = x;
     }
     __syncthreads();
-    // eight threads per dimension
+    for (int c = tid; c < g.rank_pad; c += 1024) {
+        float x = u[c];
+        for (int i = 1; i < n_part; i++) {
+            x += u[i*g.rank_pad + c];
+        }
+        const int bits = c < g.rank ? p.v.segs[g.seg0 + c/8] >> 24 : 0;
+        u[c] = x - ((1 << bits) - 1)*0.5f*sum_v;
+    }
+    __syncthreads();
+    // a warp per dimension
     const int hd = p.v.head_dim;
-    const int d = blockIdx.x/p.n_head*32 + tid/8;
+    const int d = blockIdx.x/p.n_head*32 + tid/32;
     float x = 0.0f;
     if (d < hd) {
         for (int plane = 0; plane < p.v.planes; plane++) {
             x *= 256.0f;
             const int4 * w = (const int4 *)(p.v.dec + g.dec0 + (((int64_t) plane*p.v.group_size + head%p.v.group_size)*hd + d)*g.rank_pad);
-#pragma unroll 5
-            for (int i = tid%8; i < g.rank_pad/16; i += 8) {
+            for (int i = lane; i < g.rank_pad/16; i += 32) {
                 const int4 v = __ldg(w + i);
                 const int word[4] = { v.x, v.y, v.z, v.w };
 #pragma unroll
@@ -293,14 +299,12 @@ extern "C" __global__ void __launch_bounds__(256) palu_combine(const __grid_cons
             }
         }
     }
-#pragma unroll
-    for (int i = 1; i < 8; i *= 2) {
-        x += __shfl_xor_sync(0xffffffff, x, i);
-    }
-    if (d < hd && tid%8 == 0) {
+    x = warp_sum(x);
+    if (d < hd && lane == 0) {
         const float s = g.rank ? p.v.dec_scale[(int64_t) head*hd + d]*x : 0.0f;
         p.out[row*hd + d] = all > 0.0f || all != all ? (s + p.v.mean[(int64_t) head*hd + d]*sum)*inv : 0.0f;
     }
 }
 
 #include "decode_sm90.cuh"
+#include "decode_sm90_wide.cuh"

@@ -41,6 +41,7 @@ typedef struct palu_cuda_side {
     const uint32_t * segs;          // per group [rank/8]: byte of the row at which the segment's codes begin | bits << 24
     const int8_t   * dec;           // per group [planes][group_size*head_dim][rank_pad], 16-byte aligned; keys: channels in the
                                     // order of palu_cuda_key_channel()
+    const int8_t   * dec_tiles;     // keys: the decoder as palu_cuda_tile_keys() makes it; may be NULL
     const float    * dec_scale;     // [n_head_kv*head_dim]
     const float    * dec_half;      // [n_head_kv*head_dim] half the sum over c of weight[d][c] (for values only rebuilding reads it)
     const float    * mean;          // [n_head_kv*head_dim]
@@ -143,8 +144,11 @@ typedef struct palu_cuda_rebuild {
 //   palu_decode_sm90_*(palu_cuda_attn) few query rows on sm_90a; grid (n_chunk, n_head_kv/heads_per_cta, n_stream),
 //                                   128*(palu_cuda_sm90_score() + palu_cuda_sm90_value()) threads,
 //                                   dynamic shared memory palu_cuda_sm90_smem()
-//   palu_combine (palu_cuda_attn)   after either decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 256 threads,
-//                                   dynamic shared memory 4*(rank_stride + 32 + n_chunk + 256) bytes
+//   palu_decode_sm90_wide_*(palu_cuda_attn) on sm_90a, where one group holds all KV heads and no head has more than 4 query rows;
+//                                   grid (n_chunk, n_head_kv/heads_per_cta, n_stream), 512 threads,
+//                                   dynamic shared memory palu_cuda_wide_smem()
+//   palu_combine (palu_cuda_attn)   after any decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 1024 threads,
+//                                   dynamic shared memory 4*(max(4096, rank_stride + 32) + n_chunk) bytes
 
 //   palu_rebuild_{keys,values}_{128,64,32}(palu_cuda_rebuild)  so many cells per block; side.dec_half must be set
 //
@@ -171,6 +175,12 @@ int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, 
 
 // 1 if attention of this shape is to read the rows, 0 if they are to be rebuilt first.
 int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p);
+
+// For decode_sm90_wide: the decoders of keys in the order in which they are multiplied, 64 columns (one head's 32 pairs) after
+// each other: out, as large as dec and at the same dec0, is per group [group_size*head_dim/64][rank_pad/16][64][16]; of 64
+// columns, 16 are 8 pairs' first dimensions, then their second ones. pair_dim: as in palu_cuda_rope. Only with planes = 1 and
+// head_dim a multiple of 64; else returns -1.
+int palu_cuda_tile_keys(const palu_cuda_side * side, const palu_cuda_group * groups, const int32_t * pair_dim, const int8_t * dec, int8_t * out);
 
 // Scratch that a planned p needs: floats at palu_cuda_store.latent and at palu_cuda_attn.partial.
 size_t palu_cuda_latent_size (const palu_cuda_store * p);
@@ -229,6 +239,26 @@ static inline size_t palu_cuda_sm90_smem(const palu_cuda_attn * p, int32_t k_ste
 #define PALU_CUDA_SM90_KERNELS(X) \
     X(128, 4, 4, 3) X(128, 4, 8, 3) X(128, 2, 8, 3) X(128, 2, 14, 5) X(128, 1, 8, 3) X(128, 1, 16, 5) \
     X(64, 4, 4, 3) X(64, 4, 8, 3) X(64, 2, 16, 5)
+
+// Bytes of a slot: 64 columns of the decoder, or 64 value rows, or a third of 8*80*32 sums of values.
+#define PALU_CUDA_WIDE_SLOT(k_steps) ((k_steps)*2048 > 27648 ? (k_steps)*2048 : 27648)
+// Bytes of 64 staged key rows; the table of cosines and sines comes to stand there as well.
+static inline size_t palu_cuda_wide_rows(const palu_cuda_attn * p) {
+    const size_t rows = ((size_t) 64*p->k.row_bytes + 144 + 127)/128*128;
+    return rows > 16384 ? rows : 16384;
+}
+static inline size_t palu_cuda_wide_smem(const palu_cuda_attn * p, int32_t k_steps) {
+    return (size_t) 3*PALU_CUDA_WIDE_SLOT(k_steps) // decoder, value rows
+         + 4*palu_cuda_wide_rows(p)
+         + (size_t) 8*8*16*8 + 4*8*32*16    // query fragments
+         + (size_t) 256*40*4                // scores
+         + (size_t) k_steps*4*16            // segments
+         + (size_t) 4*(3*32 + 3*16*32 + 4*32 + 2*32 + 256 + 64)
+         + 256;
+}
+
+// Kernels of decode_sm90_wide: X(key channels/32).
+#define PALU_CUDA_WIDE_KERNELS(X) X(8) X(11) X(14)
 
 #ifdef __cplusplus
 }

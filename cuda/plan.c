@@ -119,6 +119,26 @@ int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, 
 // Decode attention
 //
 
+int palu_cuda_tile_keys(const palu_cuda_side * side, const palu_cuda_group * groups, const int32_t * pair_dim, const int8_t * dec, int8_t * out) {
+    if (side->planes != 1 || side->head_dim%64) {
+        return -1;
+    }
+    for (int32_t g = 0; g < side->n_group; g++) {
+        const int32_t pad = groups[g].rank_pad;
+        int8_t * to = out + groups[g].dec0;
+        for (int32_t b = 0; b < side->group_size*side->head_dim/64; b++) {
+            for (int32_t c = 0; c < pad; c += 16) {
+                for (int32_t n = 0; n < 64; n++, to += 16) {
+                    const int32_t pair = b%(side->head_dim/64)*32 + n/16*8 + n%8;
+                    const int64_t d = (int64_t)(b/(side->head_dim/64))*side->head_dim + pair_dim[pair*2 + n/8%2];
+                    memcpy(to, dec + groups[g].dec0 + d*pad + c, 16);
+                }
+            }
+        }
+    }
+    return 0;
+}
+
 // Splits the context so that about n_block blocks run at once, with `others` blocks for every chunk.
 static void split(palu_cuda_attn * p, int64_t n_block, int64_t others) {
     const int32_t tiles = palu_cuda_max32(1, ceil_div(p->n_kv, PALU_CUDA_TILE));
@@ -164,6 +184,44 @@ static int plan_sm90(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
     return -1;
 }
 
+static const struct wide_kernel {
+    int32_t k_steps;
+    const char * name;
+    const char * name_scaled;
+} wide_kernels[] = {
+#define X(KS) { KS, "palu_decode_sm90_wide_" #KS, "palu_decode_sm90_wide_" #KS "_scaled" },
+    PALU_CUDA_WIDE_KERNELS(X)
+#undef X
+};
+
+static int plan_wide(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
+    const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
+    if (dev->arch != 90 || p->k.planes != 1 || p->v.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 ||
+        p->k.n_group != 1 || p->v.n_group != 1 || !p->k.dec_tiles || p->k.rank_max == 0 || p->k.n_head_kv > 8 || cols > 4 || p->v.rank_max > 640 ||
+        (p->n_stream > 1 && (p->rows_k_nb_stream%16 || p->rows_v_nb_stream%16))) {
+        return -1;
+    }
+    for (size_t i = 0; i < sizeof(wide_kernels)/sizeof(wide_kernels[0]); i++) {
+        const struct wide_kernel * f = &wide_kernels[i];
+        if (f->k_steps*32 < p->k.rank_max) {
+            continue;
+        }
+        const size_t smem = palu_cuda_wide_smem(p, f->k_steps);
+        if (smem > (size_t) dev->smem_optin || 64*p->v.row_bytes + 144 > PALU_CUDA_WIDE_SLOT(f->k_steps)) {
+            continue;
+        }
+        // fewer heads in a block rather than fewer than 256 cells
+        int32_t n = 1;
+        do {
+            p->heads_per_cta = p->k.n_head_kv/n;
+            split(p, dev->n_sm, (int64_t) p->n_stream*n);
+            n *= 2;
+        } while (p->chunk_tiles < 4 && p->k.n_head_kv%n == 0);
+        return set_launch(dev, out, p->trig_scale < 1.0f ? f->name_scaled : f->name, p->n_chunk, p->k.n_head_kv/p->heads_per_cta, p->n_stream, 512, smem);
+    }
+    return -1;
+}
+
 static int plan_general(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
     const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
     const int64_t blocks = p->k.n_head_kv*(int64_t) ceil_div(cols, 8);
@@ -179,11 +237,11 @@ int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, const 
         return -1;
     }
     p->rank_stride = (p->v.rank_max + 7)/8*8;
-    if (plan_sm90(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
+    if (plan_wide(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
         return -1;
     }
-    return set_launch(dev, &out[1], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 256,
-        4*(size_t)(p->rank_stride + 32 + p->n_chunk + 256));
+    return set_launch(dev, &out[1], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 1024,
+        4*((size_t) palu_cuda_max32(4096, p->rank_stride + 32) + p->n_chunk));
 }
 
 // Query tokens from which rebuilding the context once for all of them is the faster way.

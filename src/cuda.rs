@@ -40,6 +40,7 @@ mod abi {
         pub groups: *const Group,
         pub segs: *const u32,
         pub dec: *const i8,
+        pub dec_tiles: *const i8,
         pub dec_scale: *const f32,
         pub dec_half: *const f32,
         pub mean: *const f32,
@@ -165,6 +166,13 @@ mod abi {
             groups_k: *const Group,
             groups_v: *const Group,
             out: *mut Launch,
+        ) -> i32;
+        pub fn palu_cuda_tile_keys(
+            side: *const Side,
+            groups: *const Group,
+            pair_dim: *const i32,
+            dec: *const i8,
+            out: *mut i8,
         ) -> i32;
         pub fn palu_cuda_plan_on_rows(dev: *const DeviceInfo, p: *const Attn) -> i32;
         pub fn palu_cuda_latent_size(p: *const Store) -> usize;
@@ -353,6 +361,7 @@ impl abi::Side {
             groups: moved(self.groups, base),
             segs: moved(self.segs, base),
             dec: moved(self.dec, base),
+            dec_tiles: moved(self.dec_tiles, base),
             dec_scale: moved(self.dec_scale, base),
             dec_half: moved(self.dec_half, base),
             mean: moved(self.mean, base),
@@ -363,8 +372,13 @@ impl abi::Side {
     }
 }
 
-/// One side's tables, and the power of two that keeps its integers in f16's range.
-fn side_tables(tables: &mut Tables, side: &SideProj, pairs: &[(usize, usize)]) -> (abi::Side, Vec<abi::Group>, f32) {
+/// One side's tables, and the power of two that keeps its integers in f16's range. `pair_dim`: [`pair_dims`] of keys.
+fn side_tables(
+    tables: &mut Tables,
+    side: &SideProj,
+    pairs: &[(usize, usize)],
+    pair_dim: &[i32],
+) -> (abi::Side, Vec<abi::Group>, f32) {
     let n_plane = planes(side);
     let n_head = side.groups.first().map_or(side.n_head_kv, |g| g.n_head);
     let d = n_head * side.head_dim;
@@ -417,10 +431,11 @@ fn side_tables(tables: &mut Tables, side: &SideProj, pairs: &[(usize, usize)]) -
         trig_scale *= 0.5;
     }
     let max = |f: &dyn Fn(&Group) -> i32| groups.iter().map(f).max().unwrap_or(0);
-    let header = abi::Side {
+    let mut header = abi::Side {
         groups: tables.add(&groups),
         segs: tables.add(&segs),
         dec: tables.add(&dec),
+        dec_tiles: std::ptr::null(),
         dec_scale: tables.add(&dec_scale),
         dec_half: tables.add(&dec_half),
         mean: tables.add(&side.mean),
@@ -436,6 +451,14 @@ fn side_tables(tables: &mut Tables, side: &SideProj, pairs: &[(usize, usize)]) -
         rank_sum: step.len() as i32,
         planes: n_plane as i32,
     };
+    if side.side == Side::Key {
+        let mut tiles = vec![0i8; dec.len()];
+        // SAFETY: groups and pairs of this side; the tiles are as large as the decoders
+        let status = unsafe { palu_cuda_tile_keys(&header, groups.as_ptr(), pair_dim.as_ptr(), dec.as_ptr(), tiles.as_mut_ptr()) };
+        if status == 0 {
+            header.dec_tiles = tables.add(&tiles);
+        }
+    }
     (header, groups, trig_scale)
 }
 
@@ -448,15 +471,20 @@ fn turn(radians: f64) -> u64 {
     ((high as u64) << 32).wrapping_add(((scaled - high) * 2f64.powi(32)) as u64)
 }
 
-fn rope_tables(tables: &mut Tables, head_dim: usize, rope: &RopeParams) -> abi::Rope {
-    let pairs = rope.pairs();
-    let rotated: Vec<usize> = pairs.iter().flat_map(|&(a, b)| [a, b]).collect();
-    let rest: Vec<usize> = (0..head_dim).filter(|d| !rotated.contains(d)).collect();
-    let (frequency, magnitude) = if pairs.is_empty() { (Vec::new(), 1.0) } else { rope.frequencies() };
-    let pair_dim: Vec<i32> = rotated.iter().chain(&rest).map(|&d| d as i32).collect();
-    let turns: Vec<u64> = frequency.iter().map(|&f| turn(f)).chain(rest.chunks(2).map(|_| 0)).collect();
-    let mag: Vec<f32> = pairs.iter().map(|_| magnitude).chain(rest.chunks(2).map(|_| 1.0)).collect();
-    abi::Rope { pair_dim: tables.add(&pair_dim), turn: tables.add(&turns), mag: tables.add(&mag) }
+/// `palu_cuda_rope.pair_dim`: the dimensions of all pairs, then those that are not rotated.
+fn pair_dims(head_dim: usize, rope: &RopeParams) -> Vec<i32> {
+    let mut dims: Vec<usize> = rope.pairs().into_iter().flat_map(|(a, b)| [a, b]).collect();
+    dims.extend((0..head_dim).filter(|d| !dims.contains(d)).collect::<Vec<_>>());
+    dims.into_iter().map(|d| d as i32).collect()
+}
+
+fn rope_tables(tables: &mut Tables, pair_dim: &[i32], rope: &RopeParams) -> abi::Rope {
+    let (frequency, magnitude) = if rope.pairs().is_empty() { (Vec::new(), 1.0) } else { rope.frequencies() };
+    let mut turns: Vec<u64> = frequency.iter().map(|&f| turn(f)).collect();
+    let mut mag = vec![magnitude; turns.len()];
+    turns.resize(pair_dim.len() / 2, 0);
+    mag.resize(pair_dim.len() / 2, 1.0);
+    abi::Rope { pair_dim: tables.add(pair_dim), turn: tables.add(&turns), mag: tables.add(&mag) }
 }
 
 /// `palu_cuda_layer`.
@@ -488,9 +516,10 @@ impl CudaLayer {
         rope.check(k.head_dim)?;
         ensure!(k.head_dim % 2 == 0, "heads of {} dimensions (an odd number) are not supported on a GPU", k.head_dim);
         let mut tables = Tables::default();
-        let (k, groups_k, trig_scale) = side_tables(&mut tables, k, &rope.pairs());
-        let (v, groups_v, _) = side_tables(&mut tables, v, &[]);
-        let rope = rope_tables(&mut tables, k.head_dim as usize, rope);
+        let pair_dim = pair_dims(k.head_dim, rope);
+        let (k, groups_k, trig_scale) = side_tables(&mut tables, k, &rope.pairs(), &pair_dim);
+        let (v, groups_v, _) = side_tables(&mut tables, v, &[], &[]);
+        let rope = rope_tables(&mut tables, &pair_dim, rope);
         let memory = tables.upload(&device)?;
         let base = memory.at;
         let layer = Self {
