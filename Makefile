@@ -1,6 +1,7 @@
 # make demo    builds everything, converts the bundled model, prints the comparison table and some generated text
 # make test    every test
 # make llama   the patched llama.cpp, in build/llama.cpp/bin/
+# make cuda    nvcc from Python wheels, where there is no CUDA toolkit: the kernels are compiled, if not run
 # make bench   criterion and llama-bench
 # make docs    regenerates the measured and generated parts of docs/
 
@@ -8,12 +9,15 @@ CARGO ?= cargo
 PYTHON ?= python3
 LIB := target/release/libpalu.a
 
-.PHONY: all lib llama demo test bench docs clean
+.PHONY: all lib cuda llama demo test bench docs clean
 
 all: llama
 
 lib:
 	$(CARGO) build --release
+
+cuda:
+	$(PYTHON) scripts/cuda.py
 
 llama: lib
 	$(PYTHON) scripts/llama.py build
@@ -22,7 +26,8 @@ demo: llama
 	$(PYTHON) scripts/demo.py
 
 # One test at a time: llama.cpp takes every core, and two of it at once wait for each other.
-test: llama
+test: cuda
+	$(MAKE) llama
 	$(CARGO) test --release --no-fail-fast -- --test-threads 1
 
 bench: llama
