@@ -12,6 +12,8 @@
 #include "palu.cu"
 #include "plan.c"
 
+#define PALU_MMA_KERNELS(X) X(palu_decode_mma_64_8) X(palu_decode_mma_64_16) X(palu_decode_mma_64_32) \
+    X(palu_decode_mma_32_8) X(palu_decode_mma_32_16) X(palu_decode_mma_32_32)
 #define PALU_STORE_KERNELS(X) X(palu_project) X(palu_project_mma) X(palu_quantize) X(palu_quantize_warp)
 #define PALU_REBUILD_KERNELS(X) X(palu_rebuild_keys_128) X(palu_rebuild_keys_64) X(palu_rebuild_keys_32) \
     X(palu_rebuild_values_128) X(palu_rebuild_values_64) X(palu_rebuild_values_32)
@@ -256,7 +258,7 @@ struct Named { const char * name; const void * f; };
 #define WIDE(KS) NAMED(palu_decode_sm90_wide_##KS) NAMED(palu_decode_sm90_wide_##KS##_scaled)
 static const Named kernels[] = {
     PALU_STORE_KERNELS(NAMED) PALU_REBUILD_KERNELS(NAMED)
-    NAMED(palu_decode) NAMED(palu_combine) PALU_CUDA_SM90_KERNELS(SM90)
+    PALU_MMA_KERNELS(NAMED) NAMED(palu_decode) NAMED(palu_combine) PALU_CUDA_SM90_KERNELS(SM90)
     PALU_CUDA_WIDE_KERNELS(WIDE)
 };
 
@@ -693,10 +695,12 @@ int main(int argc, char ** argv) {
             check_case(c);
         }
         check_all_store();
+        check_all_decode_mma(cases);
     }
     if (what != "check") {
         bench_all_store();
         bench_all_rebuild();
+        bench_all_decode_mma(cases);
         Case mha = cases[0];
         mha.name = "MHA (1024, 3072)";
         const std::vector<int> sizes = { 4096, 16384, 65536, 262144 };

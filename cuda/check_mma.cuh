@@ -1,4 +1,5 @@
-// check_mma.cuh - checks and times what stores and what rebuilds rows; part of check.cu.
+// check_mma.cuh - checks and times what stores, what rebuilds rows, and decoding with the warps' matrix instructions; part of
+// check.cu.
 
 // Median of n runs in microseconds, with events around each.
 template <typename F> static float time_us(int n, F f) {
@@ -516,4 +517,112 @@ static void bench_all_rebuild() {
     bench_rebuild({ "rebuild keys 8x64 joint, 224",                   8, 64, 8, {224}, 6, 3,  64, 0, false,  1, 65536 }, true);
     bench_rebuild({ "rebuild keys 32x128 joint, rank 2048",           32, 128, 32, {2048}, 3, 1,  128, 0, true,  1, 16384 }, true);
     bench_rebuild({ "rebuild values 8x128 joint, 800, two planes",    8, 128, 8, {800}, 8, 5,  -1, 0, false,  1, 65536, 4, 2 }, true);
+}
+
+//
+// Decode attention
+//
+
+static void check_decode_mma(const Case & c) {
+    if (left_out(c.name)) {
+        return;
+    }
+    Problem x = make_problem(c);
+    const std::vector<double> ref = reference(c, x);
+    printf("mma: %-53s", c.name);
+    // as on devices with much and with little shared memory, each with many and few multiprocessors
+    for (int smem : { device.smem_optin, 166912, 101376, 65536 }) {
+        for (int n_sm : { device.n_sm, 1 }) {
+            palu_cuda_device dev = { 89, n_sm, smem };
+            palu_cuda_attn p = x.p;
+            const Plan way = plan(dev, p, x);
+            if (!strcmp(way.decode.kernel, "palu_decode")) {
+                printf("  (does not fit %d)", smem);
+                break;
+            }
+            const double error = distance(run_attn(p, way, ref.size()), ref);
+            const bool ok = error < 3e-3;
+            printf("  %s %d/%d/%d %.1e%s", way.decode.kernel + strlen("palu_decode_mma_"), p.heads_per_cta, p.n_chunk, p.mma_slice, error, ok ? "" : " WRONG");
+            n_wrong += !ok;
+        }
+    }
+    printf("\n");
+    fflush(stdout);
+    free_all();
+}
+
+// Attention and combine, with the kernels of this device, with decode_mma, and (less than 20K cells) with those for any shape.
+static void bench_decode_mma(Case c) {
+    if (left_out(c.name) || (only_size && only_size != c.n_kv)) {
+        return;
+    }
+    Problem x = make_problem(c, false);
+    palu_cuda_attn p = x.p;
+    const std::vector<uint8_t> part_k = random_rows(x.k, 4096), part_v = random_rows(x.v, 4096);
+    uint8_t * k = (uint8_t *) room((size_t) c.n_kv*p.k.row_bytes);
+    uint8_t * v = (uint8_t *) room((size_t) c.n_kv*p.v.row_bytes);
+    for (int t = 0; t < c.n_kv; t += 4096) {
+        CHECK(cudaMemcpy(k + (size_t) t*p.k.row_bytes, part_k.data(), (size_t) std::min(4096, c.n_kv - t)*p.k.row_bytes, cudaMemcpyHostToDevice));
+        CHECK(cudaMemcpy(v + (size_t) t*p.v.row_bytes, part_v.data(), (size_t) std::min(4096, c.n_kv - t)*p.v.row_bytes, cudaMemcpyHostToDevice));
+    }
+    p.rows_k = k;
+    p.rows_v = v;
+    p.out = (float *) room((size_t) c.n_token*c.n_head*c.hd_v*4);
+    printf("%-40s %7d cells %2d tokens", c.name, c.n_kv, c.n_token);
+    std::vector<std::vector<float>> out;
+    for (int arch : { 90, 89, 0 }) {
+        palu_cuda_device dev = device;
+        dev.arch = arch;
+        const Plan way = plan(dev, p, x);
+        if ((arch == 90 && strstr(way.decode.kernel, "_mma_")) || (arch == 0 && c.n_kv > 20000)) {
+            continue;
+        }
+        p.partial = (float *) room(palu_cuda_partial_size(&p)*4);
+        const float us = time_us(arch ? 20 : 2, [&](int) {
+            launch(way.decode, p);
+            launch(way.combine, p);
+        });
+        printf("  %s %d/%d %8.1f us", way.decode.kernel + strlen("palu_decode"), p.heads_per_cta, p.n_chunk, us);
+        fflush(stdout);
+        out.emplace_back((size_t) c.n_token*c.n_head*c.hd_v);
+        CHECK(cudaMemcpy(out.back().data(), p.out, out.back().size()*4, cudaMemcpyDeviceToHost));
+    }
+    if (out.size() > 1) {
+        const double diff = distance(out[0], std::vector<double>(out.back().begin(), out.back().end()));
+        printf("  differ by %.1e%s", diff, diff < 5e-3 ? "" : " WRONG");
+        n_wrong += !(diff < 5e-3);
+    }
+    printf("\n");
+    fflush(stdout);
+    free_all();
+}
+
+static void check_all_decode_mma(const std::vector<Case> & cases) {
+    for (const Case & c : cases) {
+        check_decode_mma(c);
+    }
+    //                                                          heads    dims      groups  ranks                bits         tok str kv    rope            mask  sinks  cap  alibi pos align
+    check_decode_mma({ "GQA 32/8x128 joint, 8 tokens",          32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  8, 1,  400, 128, 0, false, 1, true, 0, 0, 1, 4 });
+    check_decode_mma({ "GQA 16/2x128, 5 tokens, random",        16, 2, 128, 128,  2, 2, {200}, {296}, 0, 0, 0, 0,  5, 2,  190, 128, 0, true, 2, false, 0, 8, 2, 4 });
+    check_decode_mma({ "MHA 8x64 joint, 17 tokens, two planes", 8, 8, 64, 64,  8, 8, {160}, {720}, 8, 3, 8, 3,  17, 1,  130, 64, 0, false, 1, false, 30, 0, 1, 4, 2 });
+    check_decode_mma({ "MHA 16x128 joint, rank 1400",           16, 16, 128, 128,  16, 16, {640}, {1400}, 3, 1, 3, 1,  1, 1,  300, 128, 0, false, 0, false, 0, 0, 1, 4 });
+    check_decode_mma({ "GQA 4/2x256, 3 tokens, two planes",     4, 2, 256, 256,  2, 2, {64}, {96}, 8, 2, 8, 2,  3, 1,  100, 256, 0, true, 1, true, 0, 0, 0, 4, 2 });
+    check_decode_mma({ "GQA 12/2x72, partial RoPE, 2 tokens",   12, 2, 72, 72,  1, 2, {56, 24}, {88}, 0, 0, 0, 0,  2, 1,  257, 20, 3, false, 1, false, 0, 0, 1, 4 });
+}
+
+static void bench_all_decode_mma(const std::vector<Case> & cases) {
+    for (int n_kv : { 16384, 65536 }) {
+        for (int n_token : { 1, 2, 4, 8, 16 }) {
+            Case c = cases[3];
+            c.name = "decode GQA joint (448, 600)";
+            c.n_kv = n_kv;
+            c.n_token = n_token;
+            bench_decode_mma(c);
+            c = cases[0];
+            c.name = "decode MHA (1024, 3072)";
+            c.n_kv = n_kv;
+            c.n_token = n_token;
+            bench_decode_mma(c);
+        }
+    }
 }

@@ -69,6 +69,43 @@ static __device__ __forceinline__ void s8(int (&c)[4], const uint32_t (&a)[4], u
 #endif
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define PALU_SM90A 1
+
+// Before registers that products use are written, and once products are under way.
+static __device__ __forceinline__ void group_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void group_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void group_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+// what this thread wrote to shared memory, its copies too, is seen by the products of any
+static __device__ __forceinline__ void group_see() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// 32 columns of 128 rows of 64 bytes, 16 bytes of which stand at their place modulo 4, exclusive or with half the row
+static __device__ __forceinline__ uint64_t group_matrix(uint32_t at) {
+    return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t) 1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t) 2 << 62;
+}
+// c[64][128] += a[64][32] b[32][128], s8 to s32, by four warps; fragments as in s8(), 16 columns of them
+static __device__ __forceinline__ void group_s8(int (&c)[2][8][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1;"
+        : "+r"(c[0][0][0]), "+r"(c[0][0][1]), "+r"(c[0][0][2]), "+r"(c[0][0][3]), "+r"(c[0][1][0]), "+r"(c[0][1][1]), "+r"(c[0][1][2]), "+r"(c[0][1][3]),
+           "+r"(c[0][2][0]), "+r"(c[0][2][1]), "+r"(c[0][2][2]), "+r"(c[0][2][3]), "+r"(c[0][3][0]), "+r"(c[0][3][1]), "+r"(c[0][3][2]), "+r"(c[0][3][3]),
+           "+r"(c[0][4][0]), "+r"(c[0][4][1]), "+r"(c[0][4][2]), "+r"(c[0][4][3]), "+r"(c[0][5][0]), "+r"(c[0][5][1]), "+r"(c[0][5][2]), "+r"(c[0][5][3]),
+           "+r"(c[0][6][0]), "+r"(c[0][6][1]), "+r"(c[0][6][2]), "+r"(c[0][6][3]), "+r"(c[0][7][0]), "+r"(c[0][7][1]), "+r"(c[0][7][2]), "+r"(c[0][7][3]),
+           "+r"(c[1][0][0]), "+r"(c[1][0][1]), "+r"(c[1][0][2]), "+r"(c[1][0][3]), "+r"(c[1][1][0]), "+r"(c[1][1][1]), "+r"(c[1][1][2]), "+r"(c[1][1][3]),
+           "+r"(c[1][2][0]), "+r"(c[1][2][1]), "+r"(c[1][2][2]), "+r"(c[1][2][3]), "+r"(c[1][3][0]), "+r"(c[1][3][1]), "+r"(c[1][3][2]), "+r"(c[1][3][3]),
+           "+r"(c[1][4][0]), "+r"(c[1][4][1]), "+r"(c[1][4][2]), "+r"(c[1][4][3]), "+r"(c[1][5][0]), "+r"(c[1][5][1]), "+r"(c[1][5][2]), "+r"(c[1][5][3]),
+           "+r"(c[1][6][0]), "+r"(c[1][6][1]), "+r"(c[1][6][2]), "+r"(c[1][6][3]), "+r"(c[1][7][0]), "+r"(c[1][7][1]), "+r"(c[1][7][2]), "+r"(c[1][7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#endif
+
 // c[16][8] += a[16][16] b[16][8], f16 to f32
 static __device__ __forceinline__ void f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef PALU_SM80

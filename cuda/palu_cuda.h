@@ -100,7 +100,9 @@ typedef struct palu_cuda_attn {
     float           softcap;
     float           max_bias;
     float           trig_scale;    // decode_sm90: power of two, at most 1, with which rebuilt keys, as integers, stay below 46000
-    int32_t         heads_per_cta; // decode_sm90: KV heads that a block works on
+    int32_t         heads_per_cta; // decode_sm90, decode_mma: KV heads that a block works on
+    int32_t         mma_cols;      // decode_mma: query rows of a KV head that a block works on, at most
+    int32_t         mma_slice;     // decode_mma: channels of values that a block works on, at most
     int32_t         k_stage_words; // decode_sm90: 4-byte words of a staged key row, 4 modulo 8
     int32_t         v_stage_words;
 } palu_cuda_attn;
@@ -147,6 +149,9 @@ typedef struct palu_cuda_rebuild {
 //   palu_decode_sm90_wide_*(palu_cuda_attn) on sm_90a, where one group holds all KV heads and no head has more than 4 query rows;
 //                                   grid (n_chunk, n_head_kv/heads_per_cta, n_stream), 512 threads,
 //                                   dynamic shared memory palu_cuda_wide_smem()
+//   palu_decode_mma_{64,32}_{8,16,32}(palu_cuda_attn) any shape that fits shared memory; cells at a time (times 4: threads) and
+//                                   columns (query rows of all of a block's heads); grid (n_chunk, n_head_kv/heads_per_cta*
+//                                   ceil(n_col/mma_cols)*ceil(v.rank_max/mma_slice), n_stream)
 //   palu_combine (palu_cuda_attn)   after any decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 1024 threads,
 //                                   dynamic shared memory 4*(max(4096, rank_stride + 32) + n_chunk) bytes
 

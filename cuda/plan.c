@@ -222,6 +222,62 @@ static int plan_wide(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
     return -1;
 }
 
+static size_t mma_smem(const palu_cuda_attn * p, int32_t cells, int32_t cols) {
+    const int32_t quarters = ceil_div(p->k.head_dim, 64);
+    const int32_t raw = cells*4*((p->k.row_span_max + 6)/4 + (p->v.row_span_max + 6)/4 + 1);
+    return (size_t) cells*(ceil_div(p->k.rank_max, 32)*32 + 16)                       // codes of keys
+         + (size_t) cells*(ceil_div(min32(p->mma_slice, p->v.rank_max), 32)*32 + 16)  // and of values
+         + (size_t) palu_cuda_max32(3*128*64, raw)                                    // decoder, or rows
+         + (size_t) cells*(quarters*32 + 2)*4                                         // cos, sin
+         + (size_t) 2*cols*(cells + 4)*4                                              // scores
+         + (size_t) cols*(cells + 8)*2                                                // weights
+         + (size_t) p->heads_per_cta*quarters*4*ceil_div(p->mma_cols, 8)*32*8         // queries
+         + (size_t) 2*8*52*4 + (size_t) 2*cells*4 + (size_t) cols*4 + 16              // per dimension, cell, column
+         + (size_t) quarters*4*16*2;                                                  // dimensions
+}
+
+// Returns 0, or -1 if none of them fits.
+static int plan_mma(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
+    static const struct { int32_t cells, cols, slice, per_sm; const char * name; } kernels[] = {
+        { 64,  8, 1024, 2, "palu_decode_mma_64_8" }, { 64, 16, 1280, 1, "palu_decode_mma_64_16" }, { 64, 32, 640, 1, "palu_decode_mma_64_32" },
+        { 32,  8, 1280, 2, "palu_decode_mma_32_8" }, { 32, 16,  640, 2, "palu_decode_mma_32_16" }, { 32, 32, 640, 2, "palu_decode_mma_32_32" },
+    };
+    if (dev->arch < 75 || p->n_kv == 0) {
+        return -1;
+    }
+    const int32_t cols = p->n_head/p->k.n_head_kv*p->n_token; // of a KV head
+    const int64_t tiles = ceil_div(p->n_kv, PALU_CUDA_TILE);
+    const size_t optin = (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT);
+    const size_t reserved = dev->arch >= 80 ? 1024 : 0; // per block
+    p->mma_cols = min32(cols, 32);
+    const int32_t col_blocks = ceil_div(cols, p->mma_cols);
+    // as many heads as there is room for, unpacking rows once for all of them, unless blocks are too few then
+    int32_t heads = 1;
+    for (int32_t n = 2; n <= p->k.group_size && n*p->mma_cols <= 32; n++) {
+        if (p->k.group_size%n == 0 && p->v.group_size%n == 0 && tiles*(p->k.n_head_kv/n)*col_blocks*p->n_stream >= dev->n_sm) {
+            heads = n;
+        }
+    }
+    for (; heads > 0; heads--) {
+        if (p->k.group_size%heads || p->v.group_size%heads) {
+            continue;
+        }
+        for (size_t i = 0; i < sizeof(kernels)/sizeof(kernels[0]); i++) {
+            p->heads_per_cta = heads;
+            p->mma_slice = kernels[i].slice;
+            const size_t smem = mma_smem(p, kernels[i].cells, kernels[i].cols);
+            if (heads*p->mma_cols > kernels[i].cols || smem > optin) {
+                continue;
+            }
+            const int64_t blocks = (int64_t)(p->k.n_head_kv/heads)*col_blocks*palu_cuda_max32(1, ceil_div(p->v.rank_max, p->mma_slice));
+            const int32_t per_sm = 2*(smem + reserved) <= optin + reserved ? kernels[i].per_sm : 1;
+            split(p, (int64_t) dev->n_sm*per_sm, blocks*p->n_stream);
+            return set_launch(dev, out, kernels[i].name, p->n_chunk, blocks, p->n_stream, 4*(uint32_t) kernels[i].cells, smem);
+        }
+    }
+    return -1;
+}
+
 static int plan_general(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
     const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
     const int64_t blocks = p->k.n_head_kv*(int64_t) ceil_div(cols, 8);
@@ -237,7 +293,7 @@ int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, const 
         return -1;
     }
     p->rank_stride = (p->v.rank_max + 7)/8*8;
-    if (plan_wide(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
+    if (plan_wide(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
         return -1;
     }
     return set_launch(dev, &out[1], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 1024,

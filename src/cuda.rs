@@ -103,6 +103,8 @@ mod abi {
         pub max_bias: f32,
         pub trig_scale: f32,
         pub heads_per_cta: i32,
+        pub mma_cols: i32,
+        pub mma_slice: i32,
         pub k_stage_words: i32,
         pub v_stage_words: i32,
     }
@@ -661,6 +663,8 @@ impl CudaLayer {
             max_bias: 0.0,
             trig_scale: self.trig_scale,
             heads_per_cta: 0,
+            mma_cols: 0,
+            mma_slice: 0,
             k_stage_words: 0,
             v_stage_words: 0,
         })
