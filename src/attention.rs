@@ -390,10 +390,11 @@ impl AttnLayer {
         rope.check(k.head_dim)?;
         let mut order = Vec::with_capacity(k.head_dim);
         let mut angles = None;
-        let pairs = rope.pairs();
+        let pairs = rope.pairs(k.head_dim);
         if rope.kind != RopeKind::None {
-            order.extend(pairs.iter().map(|p| p.0));
-            order.extend(pairs.iter().map(|p| p.1));
+            let rotated = &pairs[..rope.n_pair()];
+            order.extend(rotated.iter().map(|p| p.0));
+            order.extend(rotated.iter().map(|p| p.1));
             angles = Some(Angles::shared(rope));
         }
         order.extend((0..k.head_dim).filter(|d| !order.contains(d)).collect::<Vec<_>>());

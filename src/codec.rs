@@ -39,7 +39,8 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// `pairs`: dimensions of a head that share a scale; see [`crate::rope::RopeParams::pairs`].
+    /// `pairs`: dimensions of a head that share a scale; see [`crate::rope::RopeParams::pairs`]. Those that are not rotated
+    /// do as well, because kernels treat all pairs alike.
     pub fn new(group: &Group, planes: usize, pairs: &[(usize, usize)]) -> Self {
         let rank = group.rank;
         let d = group.dec.len() / rank.max(1);
@@ -246,12 +247,12 @@ const SEARCH_PATIENCE: usize = 3;
 const SEARCH_REFINEMENTS: usize = 2;
 
 impl Codec {
-    /// The codec of values, and of keys that are not rotated.
+    /// The codec of values.
     pub fn new(side: &SideProj) -> Self {
         Self::with_pairs(side, &[])
     }
 
-    /// The codec of keys whose dimensions `pairs` are rotated into each other.
+    /// The codec of keys; see [`Decoder::new`].
     pub fn with_pairs(side: &SideProj, pairs: &[(usize, usize)]) -> Self {
         let planes = planes(side);
         let dim = round_up(side.head_dim, PAD);

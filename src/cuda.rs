@@ -374,7 +374,7 @@ impl abi::Side {
     }
 }
 
-/// One side's tables, and the power of two that keeps its integers in f16's range. `pair_dim`: [`pair_dims`] of keys.
+/// One side's tables, and the power of two that keeps its integers in f16's range. `pair_dim`: the same pairs.
 fn side_tables(
     tables: &mut Tables,
     side: &SideProj,
@@ -473,15 +473,8 @@ fn turn(radians: f64) -> u64 {
     ((high as u64) << 32).wrapping_add(((scaled - high) * 2f64.powi(32)) as u64)
 }
 
-/// `palu_cuda_rope.pair_dim`: the dimensions of all pairs, then those that are not rotated.
-fn pair_dims(head_dim: usize, rope: &RopeParams) -> Vec<i32> {
-    let mut dims: Vec<usize> = rope.pairs().into_iter().flat_map(|(a, b)| [a, b]).collect();
-    dims.extend((0..head_dim).filter(|d| !dims.contains(d)).collect::<Vec<_>>());
-    dims.into_iter().map(|d| d as i32).collect()
-}
-
 fn rope_tables(tables: &mut Tables, pair_dim: &[i32], rope: &RopeParams) -> abi::Rope {
-    let (frequency, magnitude) = if rope.pairs().is_empty() { (Vec::new(), 1.0) } else { rope.frequencies() };
+    let (frequency, magnitude) = if rope.n_pair() == 0 { (Vec::new(), 1.0) } else { rope.frequencies() };
     let mut turns: Vec<u64> = frequency.iter().map(|&f| turn(f)).collect();
     let mut mag = vec![magnitude; turns.len()];
     turns.resize(pair_dim.len() / 2, 0);
@@ -518,8 +511,9 @@ impl CudaLayer {
         rope.check(k.head_dim)?;
         ensure!(k.head_dim % 2 == 0, "heads of {} dimensions (an odd number) are not supported on a GPU", k.head_dim);
         let mut tables = Tables::default();
-        let pair_dim = pair_dims(k.head_dim, rope);
-        let (k, groups_k, trig_scale) = side_tables(&mut tables, k, &rope.pairs(), &pair_dim);
+        let pairs = rope.pairs(k.head_dim);
+        let pair_dim: Vec<i32> = pairs.iter().flat_map(|&(a, b)| [a as i32, b as i32]).collect();
+        let (k, groups_k, trig_scale) = side_tables(&mut tables, k, &pairs, &pair_dim);
         let (v, groups_v, _) = side_tables(&mut tables, v, &[], &[]);
         let rope = rope_tables(&mut tables, &pair_dim, rope);
         let memory = tables.upload(&device)?;

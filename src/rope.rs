@@ -81,9 +81,22 @@ impl RopeParams {
         }
     }
 
-    /// All rotated pairs; none without RoPE.
-    pub fn pairs(&self) -> Vec<(usize, usize)> {
-        (0..if self.kind == RopeKind::None { 0 } else { self.n_rot / 2 }).map(|i| self.pair(i)).collect()
+    /// Pairs that are rotated.
+    pub fn n_pair(&self) -> usize {
+        if self.kind == RopeKind::None {
+            0
+        } else {
+            self.n_rot / 2
+        }
+    }
+
+    /// All of a head's dimensions in pairs: the [`Self::n_pair`] rotated ones, then the rest two at a time, of which an odd
+    /// last one is left out.
+    pub fn pairs(&self, head_dim: usize) -> Vec<(usize, usize)> {
+        let mut pairs: Vec<_> = (0..self.n_pair()).map(|i| self.pair(i)).collect();
+        let rest: Vec<_> = (0..head_dim).filter(|d| !pairs.iter().any(|(a, b)| a == d || b == d)).collect();
+        pairs.extend(rest.chunks_exact(2).map(|p| (p[0], p[1])));
+        pairs
     }
 
     /// Radians per position of each pair, and the magnitude that the rotation multiplies by.

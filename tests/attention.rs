@@ -5,7 +5,7 @@ mod common;
 
 use common::{random_side, read_row, rebuild_as_defined, rebuild_exactly, Random};
 use half::f16;
-use palu::attention::{AttnLayer, AttnParams};
+use palu::attention::{AttnLayer, AttnParams, RebuildParams};
 use palu::codec::{planes, Decoder};
 use palu::kernels::{force_path, Path};
 use palu::projection::{Layer, Side, SideProj};
@@ -254,10 +254,10 @@ impl Case {
         out.values().to_vec()
     }
 
-    /// The same in f64 and the plainest way. `exact`: with the file's decoder instead of the integer one.
-    fn reference(&self, inputs: &Inputs, exact: bool) -> Vec<f64> {
+    /// Keys, rotated, and values of all cells in f64. `exact`: with the file's decoder instead of the integer one.
+    fn rebuilt(&self, inputs: &Inputs, exact: bool) -> [Vec<Vec<f64>>; 2] {
         let rebuild = |side: &SideProj, rows: &[u8]| -> Vec<Vec<f64>> {
-            let pairs = if side.side == Side::Key { self.rope.pairs() } else { Vec::new() };
+            let pairs = if side.side == Side::Key { self.rope.pairs(side.head_dim) } else { Vec::new() };
             let decoders: Vec<Decoder> = side.groups.iter().map(|g| Decoder::new(g, planes(side), &pairs)).collect();
             rows.chunks(side.row_bytes)
                 .map(|row| {
@@ -294,6 +294,12 @@ impl Case {
                 }
             }
         }
+        [keys, values]
+    }
+
+    /// The same as [`Self::run`] in f64 and the plainest way.
+    fn reference(&self, inputs: &Inputs, exact: bool) -> Vec<f64> {
+        let [keys, values] = self.rebuilt(inputs, exact);
         let rep = self.n_head / self.n_head_kv;
         let mut out = Vec::new();
         for s in 0..self.n_stream {
@@ -342,6 +348,32 @@ impl Case {
         out
     }
 
+    /// Rows as an f16 cache, made in three shares.
+    fn check_rebuilt(&self, inputs: &Inputs) {
+        let want = self.rebuilt(inputs, false);
+        for (side, want) in [Side::Key, Side::Value].into_iter().zip(&want) {
+            let p = inputs.layer.side(side);
+            let out = Guarded::new(&vec![0x7e00u16; want.len() * p.n_head_kv * p.head_dim]);
+            let (rows, pos) = (Guarded::new(&inputs.rows[side as usize]), Guarded::new(&inputs.pos));
+            let params = RebuildParams {
+                rows: rows.first,
+                rows_nb_stream: p.row_bytes * self.n_kv,
+                pos: pos.first,
+                out: out.first,
+                n_stream: self.n_stream,
+                n_kv: self.n_kv,
+            };
+            for ith in 0..3 {
+                // SAFETY: the shapes are those of the case
+                unsafe { inputs.attn.rebuild(side, &params, ith, 3) };
+            }
+            for (&got, &want) in out.values().iter().zip(want.iter().flatten()) {
+                let got = f16::from_bits(got).to_f64();
+                assert!((got - want).abs() <= 2e-3 * want.abs().max(1.0) || !want.is_finite(), "{got} for {want}: {self:?}");
+            }
+        }
+    }
+
     fn check(&self) {
         let inputs = self.inputs();
         let defined = self.reference(&inputs, false);
@@ -368,6 +400,7 @@ impl Case {
             assert!(rounding < 3e-5, "off by {rounding} on {}: {self:?}", path.name());
             let decoder = distance(&exact) / size.max(1.0);
             assert!(decoder < 0.1, "off by {decoder} from the exact decoder on {}: {self:?}", path.name());
+            self.check_rebuilt(&inputs);
         }
         force_path(None);
     }

@@ -17,6 +17,12 @@ static int failed = 0;
         }                                                                                      \
     } while (0)
 
+static float half_to_float(uint16_t h) {
+    const int exponent = h >> 10 & 31;
+    const float size = exponent ? ldexpf(1.0f + (h & 1023)/1024.0f, exponent - 15) : ldexpf((h & 1023)/1024.0f, -14);
+    return h & 0x8000 ? -size : size;
+}
+
 int main(int argc, char ** argv) {
     if (argc != 3) {
         return 2;
@@ -89,6 +95,23 @@ int main(int argc, char ** argv) {
     CHECK(rows_k[0] == 0xFF && rows_k[3*layer_info.row_bytes_k] == 0xFF);
     CHECK(palu_load_rows(layer, PALU_KEY, rows_k, &idx, 1, k) == PALU_OK);
     CHECK(palu_load_rows(layer, PALU_VALUE, rows_v, &idx, 1, v) == PALU_OK);
+
+    // as an f16 cache would hold it: values as they are, keys rotated by their position, which leaves each pair's length
+    const int32_t at = 5;
+    uint16_t half[D];
+    palu_rebuild_params rebuild = { rows_v + idx*layer_info.row_bytes_v, 0, NULL, half, 1, 1, PALU_VALUE };
+    CHECK(palu_rebuild(layer, &rebuild, 0, 1) == PALU_OK);
+    for (int i = 0; i < D; ++i) {
+        CHECK(fabsf(half_to_float(half[i]) - v[i]) < 1e-3f);
+    }
+    rebuild.rows = rows_k + idx*layer_info.row_bytes_k;
+    rebuild.side = PALU_KEY;
+    CHECK(palu_rebuild(layer, &rebuild, 0, 1) == PALU_ERR_ARGUMENT); // no positions
+    rebuild.pos = &at;
+    CHECK(palu_rebuild(layer, &rebuild, 0, 1) == PALU_OK);
+    for (int i = 0; i < D; i += 2) {
+        CHECK(fabsf(hypotf(half_to_float(half[i]), half_to_float(half[i + 1])) - hypotf(k[i], k[i + 1])) < 2e-3f);
+    }
 
     const float   mask[N_ROW] = { -INFINITY, -INFINITY, 0.0f, -INFINITY };
     const int32_t pos [N_ROW] = { -1, 12345678, 5, 7 };

@@ -116,7 +116,7 @@ fn cases() -> Vec<Case> {
     let yarn = RopeParams { ext_factor: 1.0, freq_scale: 0.25, n_ctx_orig: 4096, freq_factors: (0..32).map(|i| 1.0 + i as f32 / 8.0).collect(), ..rope(RopeKind::Neox, 64) };
     vec![
         Case::default(),
-        Case { n_kv: 5000, far: true, ..Case::default() },
+        Case { n_kv: 2000, far: true, ..Case::default() },
         Case { n_token: 3, n_stream: 2, n_kv: 517, ..Case::default() },
         Case { n_token: 17, mask_f16: false, sinks: true, ..Case::default() },
         mha.clone(),
@@ -133,7 +133,7 @@ fn cases() -> Vec<Case> {
         Case { dim_k: 96, dim_v: 64, n_head: 12, n_head_kv: 4, group_k: 4, group_v: 4, rope: rope(RopeKind::Neox, 48), ..mha.clone() },
         // nothing kept in some groups
         Case { bits_k: vec![4], bits_v: vec![5, 3], group_k: 2, group_v: 2, ..small.clone() },
-        Case { n_kv: 20000, bits_k: falling(60, 6, 2), bits_v: falling(90, 6, 2), ..Case::default() },
+        Case { n_kv: 3000, bits_k: falling(60, 6, 2), bits_v: falling(90, 6, 2), ..Case::default() },
     ]
 }
 
