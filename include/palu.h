@@ -233,9 +233,10 @@ palu_status palu_cuda_attn_combine     (const palu_cuda_layer * layer, const pal
 palu_status palu_cuda_rebuild(const palu_cuda_layer * layer, const palu_rebuild_params * params, void * stream);
 
 //
-// Conversion (only in a library built with the feature `convert`)
+// Conversion and comparison (only in a library built with the feature `convert`)
 //
-// The runtime runs the model; the library decides which tokens, looks at K, V and Q through a tap, and writes the file.
+// The runtime runs the model; the library decides which tokens and on which cache, looks at K, V and Q through a tap or at
+// the logits, and writes the projection file or the comparison.
 //
 
 typedef struct palu_tap palu_tap;
@@ -263,10 +264,26 @@ typedef struct palu_tap_params {
 
 palu_status palu_tap_run(palu_tap * tap, const palu_tap_params * params, int32_t ith, int32_t nth);
 
+// What a host is to load. Pointers are borrowed for the call alone, except tap.
+typedef struct palu_host_params {
+    const char * path;         // of the model
+    const char * type_k;       // types of the cache by their ggml names, NULL: f16
+    const char * type_v;
+    const char * palu;         // projection file of the cache, NULL: none; excludes other types and a tap
+    double       palu_bits;    // its budget, 0: the file's own
+    palu_tap   * tap;          // the graph calls it; NULL: the model runs as it does for everybody
+    int32_t      n_gpu_layers; // -1: the runtime's default
+    int32_t      n_threads;
+    int32_t      n_ctx;        // tokens of the context, cut to what the model was trained for
+} palu_host_params;
+
 typedef struct palu_host_model {
     char     arch[64];       // general.architecture
     char     name[128];      // general.name, or ""
+    char     error[512];     // why the model cannot be loaded like this, in one sentence
     uint64_t identity;
+    uint64_t kv_bytes;       // allocated for the cache of n_ctx tokens
+    int32_t  n_ctx;          // tokens of the context
     int32_t  n_layer;
     int32_t  n_vocab;
     int32_t  n_ctx_train;
@@ -274,12 +291,11 @@ typedef struct palu_host_model {
     int32_t  has_tokenizer;  // 0: the model has no vocabulary; only --calibration self works
 } palu_host_model;
 
-// Callbacks return 0, or a negative number after saying why on stderr in one sentence.
+// Callbacks return 0, or a negative number after saying why in one sentence: load in error, the others on stderr.
 typedef struct palu_host {
     void * ctx;
-    // Loads the model and makes a context of n_ctx tokens (cut to what the model was trained for; the real number in
-    // *n_ctx) whose graph calls the tap. n_gpu_layers: -1 for the runtime's default.
-    int32_t (*load)(void * ctx, const char * path, int32_t n_gpu_layers, int32_t n_threads, int32_t * n_ctx, palu_tap * tap, palu_host_model * out);
+    // Makes a context as the parameters have it, in place of the one before. On failure there is none.
+    int32_t (*load)(void * ctx, const palu_host_params * params, palu_host_model * out);
     // Tokens of UTF-8 text, without added special tokens. Returns how many, at most cap; a negative number -n if n would be needed.
     int32_t (*tokenize)(void * ctx, const char * text, int32_t size, int32_t * tokens, int32_t cap);
     // Runs tokens as one sequence from position 0 on an empty cache (keep = 0) or after what is there (keep = 1).
@@ -290,8 +306,9 @@ typedef struct palu_host {
     int32_t (*output_proj)(void * ctx, int32_t il, float * out, size_t cap);
 } palu_host;
 
-// The whole of `palu convert`: argv as the command line has it, from "convert" on. Returns the exit status.
-int32_t palu_convert(int32_t argc, const char * const * argv, const palu_host * host);
+// The whole of `palu convert` and `palu compare`: argv as the command line has it, from the command's name on. Returns the
+// exit status.
+int32_t palu_command(int32_t argc, const char * const * argv, const palu_host * host);
 
 #ifdef __cplusplus
 }

@@ -662,6 +662,7 @@ mod cuda {
 #[cfg(feature = "convert")]
 mod convert {
     use super::*;
+    use crate::compare;
     use crate::convert::{self, Host, Tap, TapParams};
 
     #[no_mangle]
@@ -699,7 +700,7 @@ mod convert {
     }
 
     #[no_mangle]
-    pub unsafe extern "C" fn palu_convert(argc: i32, argv: *const *const c_char, host: *const Host) -> i32 {
+    pub unsafe extern "C" fn palu_command(argc: i32, argv: *const *const c_char, host: *const Host) -> i32 {
         let mut exit = 1;
         let status = guard(Status::Argument, || {
             let host = unsafe { reference(host, "host") }?;
@@ -708,11 +709,13 @@ mod convert {
             let args = (0..argc as usize).map(|i| unsafe { text(*argv.add(i), "argv") }.map(str::to_owned));
             let args = args.collect::<Result<Vec<_>>>()?;
             // SAFETY: the caller promises callbacks that do what palu.h says
-            exit = unsafe { convert::run(&args, host) };
+            // a program's own name may stand before the command
+            let is_compare = args.iter().take(2).any(|a| a == "compare") && args[0] != "convert";
+            exit = unsafe { if is_compare { compare::run(&args, host) } else { convert::run(&args, host) } };
             Ok(())
         });
         if status != Status::Ok {
-            LAST_ERROR.with(|e| eprintln!("palu convert: {}", e.borrow().to_string_lossy()));
+            LAST_ERROR.with(|e| eprintln!("palu: {}", e.borrow().to_string_lossy()));
         }
         exit
     }

@@ -15,10 +15,13 @@
 //! | [`kernels`] | the inner loops of both, for each instruction set |
 //! | [`capi`] | the C ABI of `include/palu.h` |
 //! | `convert` | how a projection file is made |
+//! | `compare` | how caches are compared, and what a reader sees of it |
 
 pub mod attention;
 pub mod capi;
 pub mod codec;
+#[cfg(feature = "convert")]
+pub mod compare;
 #[cfg(feature = "convert")]
 pub mod convert;
 #[cfg(feature = "cuda")]

@@ -1,7 +1,8 @@
-//! The command line: `palu convert` and `palu inspect`.
+//! The command line: `palu convert`, `palu compare` and `palu inspect`.
 
 use anyhow::{bail, Context, Result};
 use clap::{Parser, Subcommand};
+use palu::compare;
 use palu::convert::{normalize_args, report, Options};
 use palu::projection::{Projection, ProjectionFile, SIDES};
 use std::ffi::OsString;
@@ -19,6 +20,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Convert(Options),
+    Compare(compare::Options),
     /// Show what a projection file holds
     Inspect {
         #[arg(value_name = "FILE")]
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
     let args = normalize_args(std::env::args_os());
     let result = match Cli::parse_from(&args).command {
         Command::Convert(options) => options.check().and_then(|()| run_helper(&args[1..])),
+        Command::Compare(options) => options.check().and_then(|()| run_helper(&args[1..])),
         Command::Inspect { file, bits, json } => inspect(&file, bits, json),
     };
     match result {
@@ -47,7 +50,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The program that converts: the runtime with this library in it.
+/// The program that converts and compares: the runtime with this library in it.
 const HELPER: &str = "llama-palu-convert";
 
 fn find_helper() -> Option<PathBuf> {

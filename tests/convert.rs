@@ -3,7 +3,7 @@
 
 use palu::codec::Codec;
 use palu::convert::stats::Mode;
-use palu::convert::{run, Host, HostModel, Tap, TapParams};
+use palu::convert::{run, Host, HostModel, HostParams, Tap, TapParams};
 use palu::projection::{ProjectionFile, Side, SIDES};
 use palu::rope::{RopeKind, RopeParams};
 use std::ffi::{c_char, c_void};
@@ -173,20 +173,12 @@ impl Toy {
     }
 }
 
-unsafe extern "C" fn load(
-    ctx: *mut c_void,
-    _: *const c_char,
-    _: i32,
-    _: i32,
-    n_ctx: *mut i32,
-    tap: *mut Tap,
-    out: *mut HostModel,
-) -> i32 {
+unsafe extern "C" fn load(ctx: *mut c_void, params: *const HostParams, out: *mut HostModel) -> i32 {
     let toy = &mut *ctx.cast::<Toy>();
     toy.loads += 1;
-    toy.tap = tap;
-    *n_ctx = (*n_ctx).min(N_CTX as i32);
+    toy.tap = (*params).tap;
     let out = &mut *out;
+    out.n_ctx = (*params).n_ctx.min(N_CTX as i32);
     for (to, from) in out.arch.iter_mut().zip(b"toy") {
         *to = *from as c_char;
     }

@@ -12,7 +12,7 @@ pub mod stats;
 pub mod weigh;
 pub mod windows;
 
-pub use host::{Host, HostModel};
+pub use host::{Host, HostModel, HostParams};
 pub use stats::{Tap, TapParams};
 
 use crate::layout::{ROW_ALIGN, SCALE_BYTES};
@@ -152,7 +152,7 @@ struct Command {
     options: Options,
 }
 
-/// The whole of `palu convert` (`palu_convert()`); returns the exit status.
+/// The whole of `palu convert` (`palu_command()`); returns the exit status.
 ///
 /// # Safety
 /// The host's callbacks must do what `palu.h` says.

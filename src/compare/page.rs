@@ -1,0 +1,1 @@
+pub fn html(_: &super::report::Report) -> String { String::new() }
