@@ -364,41 +364,79 @@ impl Report {
         }
     }
 
-    /// What a reader should know first: one sentence per projection and text, one on recall.
-    pub fn sentences(&self) -> Vec<String> {
-        let mut out = Vec::new();
+    /// What a reader should know first, per projection: how it does on each text, on recall, in speed.
+    pub fn verdicts(&self) -> Vec<(usize, Vec<String>)> {
         let rival = ["q4_0", "q5_0", "q8_0"].into_iter().find_map(|k| self.find_stock(k));
+        let against = |own: f64, other: Option<f64>, with_bytes: bool| match (rival, other) {
+            (Some(r), Some(other)) => {
+                let bytes = if with_bytes { format!(", which takes {:.1}%", self.percent(r)) } else { String::new() };
+                format!(", {} {}{bytes}", Self::times(own, other), self.contenders[r].label)
+            }
+            _ => String::new(),
+        };
+        let mut out = Vec::new();
         for c in self.shown().into_iter().filter(|&c| self.is_palu(c)) {
             let label = &self.contenders[c].label;
-            let mut s = format!("At {:.1}% of the f16 cache's bytes, {label}", self.percent(c));
+            let mut first = format!("At {:.1}% of the f16 cache's bytes, {label}", self.percent(c));
+            let mut rest = Vec::new();
             for t in 0..self.texts.len() {
                 let Some(d) = self.divergence(t, c) else { continue };
-                let _ = write!(s, "{} {} nats per token on {}", if t == 0 { " diverges by" } else { ", and by" }, small(d.mean), self.texts[t].name);
-                if let Some(r) = rival.and_then(|r| self.divergence(t, r)) {
-                    let _ = write!(s, " ({} {}", Self::times(d.mean, r.mean), self.contenders[rival.unwrap_or(0)].label);
-                    if t == 0 {
-                        let _ = write!(s, " at {:.1}%", self.percent(rival.unwrap_or(0)));
-                    }
-                    s.push(')');
+                let other = rival.and_then(|r| self.divergence(t, r)).map(|d| d.mean);
+                let name = &self.texts[t].name;
+                if t == 0 {
+                    let _ = write!(first, " diverges by {} nats per token on {name}{}.", small(d.mean), against(d.mean, other, true));
+                } else {
+                    rest.push(format!("On {name} it diverges by {}{}.", small(d.mean), against(d.mean, other, false)));
                 }
             }
-            s.push('.');
-            let recalls: Vec<usize> = (0..self.texts.len()).filter(|&t| self.recall(t, c).is_some()).collect();
-            if let Some(&t) = recalls.first() {
-                let r = self.recall(t, c).expect("just found");
-                let _ = write!(s, " On a passage that is repeated {} tokens later it diverges by {}", self.cuts[t].gap, small(r.mean));
-                if let Some(q) = rival.and_then(|q| self.recall(t, q)) {
-                    let _ = write!(s, " ({} {})", Self::times(r.mean, q.mean), self.contenders[rival.unwrap_or(0)].label);
-                }
-                s.push('.');
+            if let Some((t, r)) = (0..self.texts.len()).find_map(|t| Some((t, self.recall(t, c)?))) {
+                let other = rival.and_then(|r| self.recall(t, r)).map(|r| r.mean);
+                rest.push(format!(
+                    "Where a passage is repeated {} tokens later, it diverges by {}{}.",
+                    self.cuts[t].gap,
+                    small(r.mean),
+                    against(r.mean, other, false)
+                ));
             }
             if let (Some(own), Some(f16), Some(&depth)) = (&self.speed[c], &self.speed[0], self.depths.last()) {
                 let i = self.depths.len() - 1;
-                let _ = write!(s, " With {depth} tokens in the cache it decodes at {}x the f16 cache's speed.", two(own.decode[i] / f16.decode[i]));
+                rest.push(format!(
+                    "With {depth} tokens in the cache it decodes at {}x and reads a prompt at {}x the f16 cache's speed.",
+                    two(own.decode[i] / f16.decode[i]),
+                    two(own.prefill[i] / f16.prefill[i])
+                ));
             }
-            out.push(s);
+            out.push((c, vec![first, rest.join(" ")]));
         }
         out
+    }
+
+    pub fn sentences(&self) -> Vec<String> {
+        self.verdicts().into_iter().map(|(_, s)| s.join(" ")).chain(self.warnings()).collect()
+    }
+
+    /// What makes figures look better than they are.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut out = Vec::new();
+        for text in &self.texts {
+            let calibrated = |c: &Contender| c.projection.as_ref().is_some_and(|p| p.meta.calibration_hash == text.hash);
+            if self.contenders.iter().any(calibrated) {
+                out.push(format!("Caution: {} is the very text that a projection was calibrated on; figures on other text will be worse.", text.name));
+            }
+        }
+        out
+    }
+
+    /// How much of a text was run.
+    pub fn about_text(&self, t: usize) -> String {
+        let (text, cut) = (&self.texts[t], &self.cuts[t]);
+        let counted = cut.n_chunk * (cut.chunk - 1 - first_counted(cut.chunk));
+        let what = match text.path {
+            Some(_) => String::new(),
+            None => "Code, dialogue, lists, records and other languages, to see how a cache does on text unlike an encyclopedia. ".to_owned(),
+        };
+        let few = if counted < 4000 { " That is few: take the 99.9% figure as a rough one." } else { "" };
+        format!("{what}{} chunk{} of {} tokens, {counted} tokens scored.{few}", cut.n_chunk, if cut.n_chunk == 1 { "" } else { "s" }, cut.chunk)
     }
 
     /// For the terminal.
@@ -408,8 +446,11 @@ impl Report {
             let cut = &self.cuts[t];
             let _ = writeln!(
                 s,
-                "\n{}: {} chunks of {} tokens; recall of {} passages of {PASSAGE} tokens",
-                self.texts[t].name, cut.n_chunk, cut.chunk, cut.n_recall
+                "\n{}: {} of {} tokens; recall of {} passages of {PASSAGE} tokens",
+                self.texts[t].name,
+                if cut.n_chunk == 1 { "1 chunk".to_owned() } else { format!("{} chunks", cut.n_chunk) },
+                cut.chunk,
+                cut.n_recall
             );
             let mut rows = vec![
                 ["cache", "bytes/token", "of f16", "mean KLD", "median", "99.9%", "PPL", "same top", "recall KLD", "recall hits"].map(str::to_owned).to_vec(),
