@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define PALU_ABI_VERSION 1
+#define PALU_ABI_VERSION 2
 
 typedef enum palu_status {
     PALU_OK              = 0,
@@ -241,9 +241,38 @@ palu_status palu_cuda_rebuild(const palu_cuda_layer * layer, const palu_rebuild_
 
 typedef struct palu_tap palu_tap;
 
+// Which cells a query at position p can see, besides those after it.
+typedef enum palu_window {
+    PALU_WINDOW_NONE   = 0, // all of them
+    PALU_WINDOW_LAST   = 1, // from p - n_window + 1 on
+    PALU_WINDOW_CHUNK  = 2, // from the last multiple of n_window up to p on
+    PALU_WINDOW_AROUND = 3, // from p - n_window/2 on
+} palu_window;
+
+// How a layer attends. Scores and their changes are those of palu_attn_params.
+typedef struct palu_tap_layer {
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t head_dim_k;
+    int32_t head_dim_v;
+    int32_t window;            // palu_window
+    int32_t n_window;          // tokens, > 0 unless window is PALU_WINDOW_NONE
+    float   scale;
+    float   softcap;
+    float   max_bias;
+    const palu_rope * rope;    // NULL for no RoPE
+    const float     * sinks;   // [n_head] or NULL
+    // The matrices that keys (before RoPE) and values come from, by palu_side, where these are a matrix times the layer's
+    // input plus at most a bias; else NULL. Only read() looks into them; they live as long as the model.
+    const void * proj[2];      // [n_head_kv*head_dim][n_embd]
+    const void * proj_bias[2]; // [n_head_kv*head_dim] or NULL
+    // Writes a matrix or a bias as f32 to out, if cap floats are enough. Returns how many floats there are, < 0 on error.
+    int64_t (*read)(const void * proj, float * out, size_t cap);
+} palu_tap_layer;
+
 // What the graph is about to do in layer il; called while the graph is built, before the layer's first tap. Must say
-// the same thing every time. rope is NULL for no RoPE.
-palu_status palu_tap_describe(palu_tap * tap, int32_t il, int32_t n_head, int32_t n_head_kv, int32_t head_dim_k, int32_t head_dim_v, const palu_rope * rope);
+// the same thing every time.
+palu_status palu_tap_describe(palu_tap * tap, int32_t il, const palu_tap_layer * layer);
 
 // Passes tokens of one layer and side through the tap: out gets what the model is to go on with (x itself while
 // statistics are collected, x through the codec when a candidate is measured). For keys, q is the rotated query

@@ -100,7 +100,7 @@ fn share(ith: i32, nth: i32) -> Result<(usize, usize)> {
 
 #[no_mangle]
 pub extern "C" fn palu_abi_version() -> i32 {
-    1
+    2
 }
 
 #[no_mangle]
@@ -663,29 +663,59 @@ mod cuda {
 mod convert {
     use super::*;
     use crate::compare;
+    use crate::convert::stats::{LayerShape, Projections, Reach, ReadFn, Scoring};
     use crate::convert::{self, Host, Tap, TapParams};
+    use std::ffi::c_void;
 
-    #[no_mangle]
-    pub unsafe extern "C" fn palu_tap_describe(
-        tap: *const Tap,
-        il: i32,
+    /// `palu_tap_layer`
+    #[repr(C)]
+    pub struct TapLayer {
         n_head: i32,
         n_head_kv: i32,
         head_dim_k: i32,
         head_dim_v: i32,
+        window: i32,
+        n_window: i32,
+        scale: f32,
+        softcap: f32,
+        max_bias: f32,
         rope: *const Rope,
-    ) -> Status {
+        sinks: *const f32,
+        proj: [*const c_void; 2],
+        proj_bias: [*const c_void; 2],
+        read: Option<ReadFn>,
+    }
+
+    impl TapLayer {
+        unsafe fn shape(&self) -> Result<LayerShape> {
+            let n_head = count(self.n_head, "n_head")?;
+            let n_window = count(self.n_window, "n_window")?;
+            let reach = match self.window {
+                0 => Reach::All,
+                1 => Reach::Last(n_window),
+                2 => Reach::Chunk(n_window),
+                3 => Reach::Before(n_window / 2),
+                window => return Err(failure(Status::Unsupported, format!("window {window} is not supported"))),
+            };
+            // SAFETY: not null; the caller promises n_head floats
+            let sinks = if self.sinks.is_null() { &[][..] } else { unsafe { std::slice::from_raw_parts(self.sinks, n_head) } };
+            Ok(LayerShape {
+                n_head,
+                n_head_kv: count(self.n_head_kv, "n_head_kv")?,
+                head_dim_k: count(self.head_dim_k, "head_dim_k")?,
+                head_dim_v: count(self.head_dim_v, "head_dim_v")?,
+                rope: if self.rope.is_null() { RopeParams::none() } else { unsafe { (*self.rope).params() }? },
+                scoring: Scoring { scale: self.scale, softcap: self.softcap, max_bias: self.max_bias, reach, sinks: sinks.to_vec() },
+            })
+        }
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_tap_describe(tap: *const Tap, il: i32, layer: *const TapLayer) -> Status {
         guard(Status::Argument, || {
-            let tap = unsafe { reference(tap, "tap") }?;
-            let rope = if rope.is_null() { RopeParams::none() } else { unsafe { (*rope).params() }? };
-            tap.describe(
-                count(il, "il")?,
-                count(n_head, "n_head")?,
-                count(n_head_kv, "n_head_kv")?,
-                count(head_dim_k, "head_dim_k")?,
-                count(head_dim_v, "head_dim_v")?,
-                rope,
-            )
+            let (tap, layer) = unsafe { (reference(tap, "tap")?, reference(layer, "layer")?) };
+            let projections = Projections { matrix: layer.proj, bias: layer.proj_bias, read: layer.read };
+            tap.describe(count(il, "il")?, unsafe { layer.shape() }?, projections)
         })
     }
 

@@ -3,7 +3,7 @@
 //! A [`ProjectionFile`] is the file as it stands on disk: per layer and side a mean, and per head group a nested basis,
 //! most important channel first, with the spectrum. [`ProjectionFile::at`] turns it into a [`Projection`] for one budget.
 
-use crate::layout::{self, Spectrum, SEGMENT};
+use crate::layout::{self, Allocation, Spectrum, MAX_BITS, SEGMENT};
 use anyhow::{bail, ensure, Context, Result};
 use half::f16;
 use std::path::Path;
@@ -39,6 +39,8 @@ pub struct Meta {
     pub n_layer: usize,
     /// the budget that the file was made for, and the largest that it can serve
     pub bits_per_value: f64,
+    /// budgets that weights were measured at, ascending; the last is `bits_per_value`
+    pub budgets: Vec<f64>,
     /// XXH64 of the calibration text, or of the sampled tokens
     pub calibration_hash: u64,
     /// file name of the calibration text, or "self"
@@ -59,6 +61,8 @@ pub struct GroupFile {
     pub enc: Vec<f16>,
     /// `[rank][d]`: x = mean + sum over c of `z[c] dec[c]`
     pub dec: Vec<f16>,
+    /// `[rank/SEGMENT]` in a file with an allocation of its own, else empty: the budget decides
+    pub bits: Vec<u8>,
 }
 
 /// One side of one layer in a file.
@@ -68,8 +72,8 @@ pub struct SideFile {
     pub head_dim: usize,
     /// KV heads that share one latent; divides n_head_kv
     pub group_size: usize,
-    /// what a unit of distortion costs, measured
-    pub weight: f64,
+    /// what a unit of distortion costs, measured at each of [`Meta::budgets`]
+    pub weight: Vec<f64>,
     /// `[n_head_kv*head_dim]`
     pub mean: Vec<f32>,
     pub groups: Vec<GroupFile>,
@@ -207,14 +211,15 @@ impl Projection {
 }
 
 impl ProjectionFile {
-    /// What the allocator sees: one spectrum per layer, side and group, in file order.
-    pub fn spectra(&self) -> Vec<Spectrum> {
+    /// What the allocator sees at a budget: one spectrum per layer, side and group, in file order.
+    pub fn spectra(&self, bits_per_value: f64) -> Vec<Spectrum> {
         let mut spectra = Vec::new();
         for (row, side) in self.layers.iter().flat_map(|l| &l.sides).enumerate() {
+            let weight = interpolated(&self.meta.budgets, &side.weight, bits_per_value);
             for group in &side.groups {
                 spectra.push(Spectrum {
                     variance: group.variance.clone(),
-                    weight: side.weight,
+                    weight,
                     n_value: side.group_size * side.head_dim,
                     row,
                 });
@@ -222,9 +227,42 @@ impl ProjectionFile {
         }
         spectra
     }
+
+    /// Whether the file says how many bits each channel has, so that it serves its own budget alone.
+    pub fn is_fixed(&self) -> bool {
+        self.layers.iter().flat_map(|l| &l.sides).flat_map(|s| &s.groups).any(|g| !g.bits.is_empty())
+    }
+
+    /// The allocation for a budget, or the file's own.
+    pub fn allocation(&self, bits_per_value: f64) -> Allocation {
+        if !self.is_fixed() {
+            return layout::allocate(&self.spectra(bits_per_value), bits_per_value);
+        }
+        let row_bytes = |side: &SideFile| {
+            let bytes = |g: &GroupFile| layout::SCALE_BYTES + g.bits.iter().map(|&b| b as usize).sum::<usize>();
+            side.groups.iter().map(bytes).sum::<usize>().next_multiple_of(layout::ROW_ALIGN)
+        };
+        let sides = || self.layers.iter().flat_map(|l| &l.sides);
+        Allocation {
+            bits: sides().flat_map(|s| &s.groups).map(|g| g.bits.clone()).collect(),
+            row_bytes: sides().map(row_bytes).collect(),
+        }
+    }
 }
 
-const VERSION: u32 = 1;
+/// Between the two `nodes` around `x`, linear; beyond them, constant.
+fn interpolated(nodes: &[f64], values: &[f64], x: f64) -> f64 {
+    let above = nodes.iter().position(|&n| n >= x).unwrap_or(nodes.len() - 1);
+    if above == 0 || nodes[above] <= x {
+        return values[above];
+    }
+    let t = (x - nodes[above - 1]) / (nodes[above] - nodes[above - 1]);
+    values[above - 1] + t * (values[above] - values[above - 1])
+}
+
+/// Version 1 had one budget, and no allocation of its own.
+const VERSION: u32 = 2;
+const OLDEST_VERSION: u32 = 1;
 const CHECKSUM_KEY: &str = "palu.checksum";
 /// The checksum is the first key, so that it is found before anything else is believed.
 const CHECKSUM_AT: usize = crate::gguf::HEADER_BYTES + 8 + CHECKSUM_KEY.len() + 4;
@@ -250,6 +288,7 @@ impl ProjectionFile {
         w.value("palu.model.identity", U64(m.model_identity));
         w.value("palu.model.block_count", U32(m.n_layer as u32));
         w.value("palu.bits_per_value", F64(m.bits_per_value));
+        w.value("palu.budgets", F64s(m.budgets.clone()));
         w.value("palu.calibration.source", Str(m.calibration.clone()));
         w.value("palu.calibration.hash", U64(m.calibration_hash));
         w.value("palu.calibration.tokens", U64(m.calibration_tokens));
@@ -263,7 +302,11 @@ impl ProjectionFile {
             w.value(&key("head_count"), u32s(&|l| l.sides[i].n_head_kv));
             w.value(&key("head_dim"), u32s(&|l| l.sides[i].head_dim));
             w.value(&key("group_size"), u32s(&|l| l.sides[i].group_size));
-            w.value(&key("weight"), F64s(self.layers.iter().map(|l| l.sides[i].weight).collect()));
+            w.value(&key("weight"), F64s(self.layers.iter().flat_map(|l| l.sides[i].weight.clone()).collect()));
+            if self.is_fixed() {
+                let groups = self.layers.iter().flat_map(|l| &l.sides[i].groups);
+                w.value(&key("bits"), U32s(groups.flat_map(|g| g.bits.iter().map(|&b| u32::from(b))).collect()));
+            }
         }
         for (layer, side) in self.layers.iter().flat_map(|l| SIDES.map(|s| (l, s))) {
             let s = &layer.sides[side as usize];
@@ -326,13 +369,18 @@ impl ProjectionFile {
 
         let r = crate::gguf::Reader::parse(bytes)?;
         let version = r.u32("palu.version")?;
-        ensure!(version == VERSION, "it has version {version}, this library reads version {VERSION}");
+        ensure!(
+            (OLDEST_VERSION..=VERSION).contains(&version),
+            "it has version {version}, this library reads versions {OLDEST_VERSION} to {VERSION}"
+        );
+        let bits_per_value = r.f64("palu.bits_per_value")?;
         let meta = Meta {
             arch: r.str("palu.model.architecture")?.to_owned(),
             model_name: r.str("palu.model.name")?.to_owned(),
             model_identity: r.u64("palu.model.identity")?,
             n_layer: r.u32("palu.model.block_count")? as usize,
-            bits_per_value: r.f64("palu.bits_per_value")?,
+            bits_per_value,
+            budgets: if version == 1 { vec![bits_per_value] } else { r.f64s("palu.budgets")?.to_vec() },
             calibration_hash: r.u64("palu.calibration.hash")?,
             calibration: r.str("palu.calibration.source")?.to_owned(),
             calibration_tokens: r.u64("palu.calibration.tokens")?,
@@ -344,16 +392,33 @@ impl ProjectionFile {
             "its budget of {} bits per value makes no sense",
             meta.bits_per_value
         );
+        ensure!(
+            meta.budgets.last() == Some(&bits_per_value)
+                && meta.budgets[0] > 0.0
+                && meta.budgets.windows(2).all(|w| w[0] < w[1]),
+            "its budgets do not rise to {bits_per_value}"
+        );
         let index = r.u32s("palu.layer.index")?;
         ensure!(!index.is_empty(), "it holds no layer");
         ensure!(index.windows(2).all(|w| w[0] < w[1]), "its layers are not in order");
         ensure!((index[index.len() - 1] as usize) < meta.n_layer, "it holds a layer that its model does not have");
         let mut layers = Vec::new();
+        // what is left of the allocations
+        let mut bits = [Side::Key, Side::Value].map(|s| r.u32s(&format!("palu.layer.{}.bits", s.letter())).ok());
         for (i, &il) in index.iter().enumerate() {
-            let side = |side: Side| read_side(&r, i, il as usize, side).with_context(|| format!("layer {il}, {side:?}"));
+            let mut side = |side: Side| {
+                read_side(&r, i, il as usize, side, meta.budgets.len(), &mut bits[side as usize])
+                    .with_context(|| format!("layer {il}, {side:?}"))
+            };
             layers.push(LayerFile { il: il as usize, sides: [side(Side::Key)?, side(Side::Value)?] });
         }
-        Ok(Self { meta, layers })
+        ensure!(bits[0].is_some() == bits[1].is_some() && bits.iter().flatten().all(|b| b.is_empty()), "its allocation is of another shape");
+        let file = Self { meta, layers };
+        if file.is_fixed() {
+            let (real, said) = (file.allocation(0.0).bits_per_value(&file.spectra(0.0)), file.meta.bits_per_value);
+            ensure!(real == said, "its allocation takes {real} bits per value, not {said}");
+        }
+        Ok(file)
     }
 
     /// Lays the file out for a budget; 0 means the file's own.
@@ -369,8 +434,12 @@ impl ProjectionFile {
             "the projection file was made for {most} bits per value and cannot serve {bits_per_value}; convert the model again with more"
         );
         let budget = if bits_per_value == 0.0 { most } else { bits_per_value };
-        let spectra = self.spectra();
-        let allocation = layout::allocate(&spectra, budget);
+        ensure!(
+            budget == most || !self.is_fixed(),
+            "the projection file was made with an allocation of its own and serves {most} bits per value alone, not {budget}"
+        );
+        let spectra = self.spectra(budget);
+        let allocation = self.allocation(budget);
         let real = allocation.bits_per_value(&spectra);
         ensure!(real <= budget, "{budget} bits per value are not enough even for the rows' scales, which take {real:.3}");
 
@@ -401,8 +470,15 @@ fn group_name(il: usize, side: Side, group: usize, what: &str) -> String {
     format!("blk.{il}.attn_{}.{group}.{what}", side.letter())
 }
 
-/// Reads side `side` of layer `il`, the `i`-th of the file.
-fn read_side(r: &crate::gguf::Reader, i: usize, il: usize, side: Side) -> Result<SideFile> {
+/// Reads side `side` of layer `il`, the `i`-th of the file, and takes its part of the allocation, if there is one, from `bits`.
+fn read_side(
+    r: &crate::gguf::Reader,
+    i: usize,
+    il: usize,
+    side: Side,
+    n_budget: usize,
+    bits: &mut Option<&[u32]>,
+) -> Result<SideFile> {
     let key = |name: &str| format!("palu.layer.{}.{name}", side.letter());
     let u32_at = |name: &str| -> Result<usize> {
         r.u32s(&key(name))?.get(i).map(|&v| v as usize).with_context(|| format!("key {} is too short", key(name)))
@@ -411,8 +487,9 @@ fn read_side(r: &crate::gguf::Reader, i: usize, il: usize, side: Side) -> Result
     ensure!((1..=4096).contains(&n_head_kv), "{n_head_kv} KV heads");
     ensure!((1..=65536).contains(&head_dim), "heads of {head_dim} dimensions");
     ensure!(group_size > 0 && n_head_kv % group_size == 0, "groups of {group_size} heads do not divide {n_head_kv} KV heads");
-    let weight = *r.f64s(&key("weight"))?.get(i).with_context(|| format!("key {} is too short", key("weight")))?;
-    ensure!(weight.is_finite() && weight >= 0.0, "its weight {weight} is not a finite number");
+    let weight = r.f64s(&key("weight"))?.chunks_exact(n_budget).nth(i);
+    let weight = weight.with_context(|| format!("key {} is too short", key("weight")))?.to_vec();
+    ensure!(weight.iter().all(|w| w.is_finite() && *w >= 0.0), "its weight {weight:?} is not a finite number");
 
     let mean = r.f32_tensor(&mean_name(il, side), n_head_kv * head_dim)?;
     ensure!(mean.iter().all(|v| v.is_finite()), "its mean is not finite");
@@ -426,10 +503,20 @@ fn read_side(r: &crate::gguf::Reader, i: usize, il: usize, side: Side) -> Result
         };
         ensure!(rank % SEGMENT == 0 && rank <= d.div_ceil(SEGMENT) * SEGMENT, "group {g} keeps {rank} of {d} channels");
         if rank == 0 {
-            groups.push(GroupFile { variance: Vec::new(), enc: Vec::new(), dec: Vec::new() });
+            groups.push(GroupFile { variance: Vec::new(), enc: Vec::new(), dec: Vec::new(), bits: Vec::new() });
             continue;
         }
+        let allocated = match bits {
+            None => &[][..],
+            Some(left) => {
+                let (mine, rest) = left.split_at_checked(rank / SEGMENT).context("its allocation is too short")?;
+                *left = rest;
+                mine
+            }
+        };
+        ensure!(allocated.iter().all(|b| (1..=MAX_BITS as u32).contains(b)), "the allocation of group {g} is out of range");
         let group = GroupFile {
+            bits: allocated.iter().map(|&b| b as u8).collect(),
             variance: r.f32_tensor(&name("variance"), rank)?,
             enc: r.f16_tensor(&name("enc"), rank * d)?,
             dec: r.f16_tensor(&name("dec"), rank * d)?,
@@ -456,13 +543,14 @@ mod tests {
                 n_head_kv,
                 head_dim,
                 group_size,
-                weight: 0.25,
+                weight: vec![0.5, 0.25],
                 mean: (0..n_head_kv * head_dim).map(|i| i as f32 * 0.01).collect(),
                 groups: (0..n_head_kv / group_size)
                     .map(|g| GroupFile {
                         variance: (0..rank).map(|c| (1 + g) as f32 * 0.8f32.powi(c as i32)).collect(),
                         enc: basis(0.5),
                         dec: basis(2.0),
+                        bits: Vec::new(),
                     })
                     .collect(),
             }
@@ -474,6 +562,7 @@ mod tests {
                 model_identity: 0x1234_5678_9abc_def0,
                 n_layer: 3,
                 bits_per_value: 4.0,
+                budgets: vec![2.0, 4.0],
                 calibration_hash: 7,
                 calibration: "text.txt".into(),
                 calibration_tokens: 4096,

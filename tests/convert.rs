@@ -2,7 +2,7 @@
 #![cfg(feature = "convert")]
 
 use palu::codec::Codec;
-use palu::convert::stats::Mode;
+use palu::convert::stats::{Change, LayerShape, Mode, Projections, Scoring};
 use palu::convert::{run, Host, HostModel, HostParams, Tap, TapParams};
 use palu::projection::{ProjectionFile, Side, SIDES};
 use palu::rope::{RopeKind, RopeParams};
@@ -33,6 +33,7 @@ struct Layer {
 /// A transformer with RoPE, grouped queries and biased keys; its ctx pointer is what the host's callbacks get.
 struct Toy {
     embedding: Vec<f32>,
+    key_bias: Vec<f32>,
     layers: Vec<Layer>,
     rope: RopeParams,
     tap: *mut Tap,
@@ -41,6 +42,11 @@ struct Toy {
     n_past: usize,
     has_tokenizer: bool,
     loads: usize,
+    /// tokens run so far, and after how many the runtime fails
+    n_run: usize,
+    n_run_most: usize,
+    /// added to one element behind the tap
+    nudge: Option<(usize, Side, usize, f32)>,
 }
 
 struct Lcg(u64);
@@ -73,7 +79,8 @@ impl Toy {
             .collect();
         let rope = RopeParams { kind: RopeKind::Neox, n_rot: HEAD_DIM, freq_base: 100.0, ..RopeParams::none() };
         let embedding = r.matrix(N_VOCAB, N_EMBD).iter().map(|x| 3.0 * x).collect();
-        Self { embedding, layers, rope, tap: std::ptr::null_mut(), nth, n_past: 0, has_tokenizer: true, loads: 0 }
+        let key_bias = (0..N_KV).map(|c| if c == 3 { 50.0 } else { 0.0 }).collect();
+        Self { embedding, key_bias, layers, rope, tap: std::ptr::null_mut(), nth, n_past: 0, has_tokenizer: true, loads: 0, n_run: 0, n_run_most: usize::MAX, nudge: None }
     }
 
     fn rotate(&self, x: &mut [f32], pos: usize) {
@@ -85,6 +92,13 @@ impl Toy {
                 (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[a] * sin + head[b] * cos);
             }
         }
+    }
+
+    fn projections(&self, il: usize) -> Projections {
+        let layer = &self.layers[il];
+        let handle = |w: &Vec<f32>| std::ptr::from_ref(w).cast();
+        let bias = std::ptr::from_ref(&self.key_bias).cast();
+        Projections { matrix: [handle(&layer.wk), handle(&layer.wv)], bias: [bias, std::ptr::null()], read: Some(read) }
     }
 
     fn through_tap(&self, il: usize, side: Side, x: &[f32], q: &[f32], pos: &[i32]) -> Result<Vec<f32>, i32> {
@@ -106,6 +120,9 @@ impl Toy {
         for ith in 0..self.nth {
             unsafe { (*self.tap).run(&params, ith, self.nth) }.map_err(|_| -1)?;
         }
+        if let Some((_, _, element, step)) = self.nudge.filter(|n| (n.0, n.1) == (il, side)) {
+            out[element] += step;
+        }
         Ok(out)
     }
 
@@ -119,19 +136,31 @@ impl Toy {
             }
         }
         let n = tokens.len();
+        self.n_run += n;
+        if self.n_run > self.n_run_most {
+            return Err(-1);
+        }
         assert!(self.n_past + n <= N_CTX, "the context is full");
         let pos: Vec<i32> = (0..n).map(|t| (self.n_past + t) as i32).collect();
         let embedding = |t: i32| self.embedding[t as usize * N_EMBD..][..N_EMBD].iter().map(|x| x.tanh());
         let mut x: Vec<Vec<f32>> = tokens.iter().map(|&t| embedding(t).collect()).collect();
         for il in 0..N_LAYER {
-            unsafe { (*self.tap).describe(il, N_HEAD, N_HEAD_KV, HEAD_DIM, HEAD_DIM, self.rope.clone()) }.map_err(|_| -1)?;
+            let shape = LayerShape {
+                n_head: N_HEAD,
+                n_head_kv: N_HEAD_KV,
+                head_dim_k: HEAD_DIM,
+                head_dim_v: HEAD_DIM,
+                rope: self.rope.clone(),
+                scoring: Scoring::plain(HEAD_DIM),
+            };
+            unsafe { (*self.tap).describe(il, shape, self.projections(il)) }.map_err(|_| -1)?;
             let layer = &self.layers[il];
             let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
             for (t, x) in x.iter().enumerate() {
                 let start = q.len();
                 q.extend(times(&layer.wq, x));
                 self.rotate(&mut q[start..], self.n_past + t);
-                k.extend(times(&layer.wk, x).iter().enumerate().map(|(c, k)| k + if c == 3 { 50.0 } else { 0.0 }));
+                k.extend(times(&layer.wk, x).iter().zip(&self.key_bias).map(|(k, b)| k + b));
                 v.extend(times(&layer.wv, x));
             }
             let mut k = self.through_tap(il, Side::Key, &k, &q, &pos)?;
@@ -224,6 +253,14 @@ unsafe extern "C" fn output_proj(ctx: *mut c_void, il: i32, out: *mut f32, cap: 
     N_EMBD as i32
 }
 
+unsafe extern "C" fn read(matrix: *const c_void, out: *mut f32, cap: usize) -> i64 {
+    let matrix = &*matrix.cast::<Vec<f32>>();
+    if cap >= matrix.len() {
+        std::ptr::copy_nonoverlapping(matrix.as_ptr(), out, matrix.len());
+    }
+    matrix.len() as i64
+}
+
 /// Some words in random order.
 fn text(seed: u64) -> String {
     const WORDS: [&str; 8] = ["sea ", "of ", "green ", "and ", "blue.\n", "Far ", "off ", "quiet "];
@@ -276,7 +313,7 @@ fn divergence(file: &Path, bits: f64) -> f64 {
     toy.tap = &mut tap;
     let tokens: Vec<i32> = text(77).bytes().take(N_CTX).map(|b| i32::from(b) % N_VOCAB as i32).collect();
     let base = toy.eval(&tokens, false).unwrap();
-    let sides = projection.layers.iter().flat_map(|l| SIDES.map(|s| ((l.il, s), Codec::new(l.side(s)))));
+    let sides = projection.layers.iter().flat_map(|l| SIDES.map(|s| ((l.il, s), Change::Codec(Codec::new(l.side(s))))));
     tap.replace_mode(Mode::Compress(sides.collect()));
     let other = toy.eval(&tokens, false).unwrap();
     let mut sum = 0.0;
@@ -315,6 +352,162 @@ fn threads_and_passes_change_no_byte() {
     let bytes = |name: &str| std::fs::read(w.path(name)).unwrap();
     assert!(bytes("one") == bytes("three"));
     assert!(bytes("one") == bytes("passes"));
+}
+
+#[test]
+fn interrupted_work_resumes_and_gives_the_same_file() {
+    let w = Workspace::new();
+    let mut whole = Toy::new(1);
+    assert_eq!(w.convert(&mut whole, "text.txt", "whole", &SMALL), 0);
+    let bytes = |name: &str| std::fs::read(w.path(name)).unwrap();
+    // while statistics are collected (nothing of so short a time is saved), and while divergence is measured
+    for share in [0.05, 0.5, 0.85] {
+        let mut cut = Toy::new(1);
+        cut.n_run_most = (share * whole.n_run as f64) as usize;
+        assert_ne!(w.convert(&mut cut, "text.txt", "out", &SMALL), 0);
+        assert!(!w.path("out").exists());
+        let mut rest = Toy::new(1);
+        assert_eq!(w.convert(&mut rest, "text.txt", "out", &SMALL), 0);
+        assert!(bytes("out") == bytes("whole"), "cut at {share}");
+        if share > 0.4 {
+            assert!(cut.n_run + rest.n_run < whole.n_run + whole.n_run / 8, "{} and {} of {}", cut.n_run, rest.n_run, whole.n_run);
+        }
+        std::fs::remove_file(w.path("out")).unwrap();
+    }
+    assert_eq!(w.names(), ["model.gguf", "text.txt", "whole"], "checkpoints are removed when they are no longer needed");
+}
+
+#[test]
+fn kept_statistics_are_used_again_by_the_same_work_alone() {
+    let w = Workspace::new();
+    let statistics = w.arg("statistics");
+    let kept = |bits| [&SMALL[2..], &["--statistics", &statistics, "--bits-per-value", bits]].concat();
+    let run = |output: &str, args: &[&str]| {
+        let mut toy = Toy::new(1);
+        assert_eq!(w.convert(&mut toy, "text.txt", output, args), 0, "{args:?}");
+        toy.n_run
+    };
+    let first = run("a", &kept("4"));
+    let again = run("b", &kept("4"));
+    assert!(again < 10, "{again} tokens were run again");
+    assert!(std::fs::read(w.path("a")).unwrap() == std::fs::read(w.path("b")).unwrap());
+    assert!(run("c", &kept("3")) + 3900 < first, "another budget needs no second pass over the text");
+    let fresh = run("d", &[&SMALL[2..], &["--bits-per-value", "3"]].concat());
+    assert!(fresh > 3900 && std::fs::read(w.path("c")).unwrap() == std::fs::read(w.path("d")).unwrap());
+    std::fs::write(w.path("other.txt"), text(10)).unwrap();
+    let mut toy = Toy::new(1);
+    assert_eq!(w.convert(&mut toy, "other.txt", "e", &kept("4")), 0);
+    assert!(toy.n_run > 3900, "another text is another matter");
+}
+
+#[test]
+fn more_refinement_is_no_worse_on_the_probe_and_holds_at_every_budget() {
+    let w = Workspace::new();
+    let statistics = w.arg("statistics");
+    let mut last = f64::INFINITY;
+    for level in ["quick", "default", "thorough"] {
+        let args = ["--bits-per-value", "3", "--tokens", "4000", "--probe-tokens", "300", "--statistics", &statistics, "--refine", level];
+        assert_eq!(w.convert(&mut Toy::new(1), "text.txt", level, &args), 0);
+        let d = divergence(&w.path(level), 3.0);
+        assert!(d < 1.15 * last, "{level}: {d} after {last}");
+        last = last.min(d);
+    }
+    let file = ProjectionFile::read(&w.path("thorough")).unwrap();
+    assert!(file.meta.budgets.len() > 1, "{:?}", file.meta.budgets);
+    for &bits in &file.meta.budgets {
+        assert!(file.at(bits).unwrap().bits_per_value <= bits);
+    }
+}
+
+/// Palu as published: what is promised about ranks, bits and bases, and that it works.
+#[test]
+fn the_published_method() {
+    let w = Workspace::new();
+    let convert = |output: &str, more: &[&str]| {
+        let args = [&["--tokens", "4000", "--probe-tokens", "300", "--preset", "palu"], more].concat();
+        w.convert(&mut Toy::new(1), "text.txt", output, &args)
+    };
+    for (i, more) in [
+        &["--keep", "1", "--bits", "8", "--decomposition", "svd", "--rank-search", "uniform"][..],
+        &["--keep", "1", "--bits", "8", "--group-size", "1"],
+        &["--keep", "1", "--bits", "8", "--group-size", "all", "--rank-search", "fisher-uniform"],
+    ]
+    .iter()
+    .enumerate()
+    {
+        let name = format!("{i}");
+        assert_eq!(convert(&name, more), 0, "{more:?}");
+        let file = ProjectionFile::read(&w.path(&name)).unwrap();
+        assert!(file.is_fixed() && file.meta.metric == "palu as published");
+        let sides = || file.layers.iter().flat_map(|l| &l.sides);
+        assert!(sides().flat_map(|s| &s.groups).all(|g| g.bits.iter().all(|&b| b == 8)));
+        assert!(sides().flat_map(|s| &s.groups).all(|g| g.variance.iter().all(|v| *v == g.variance[0])), "one step per group");
+        for layer in &file.layers {
+            assert_eq!(layer.sides[0].mean[3], 50.0, "the bias of the keys is added, not stored");
+            assert!(layer.sides[1].mean.iter().all(|m| *m == 0.0), "and no mean is subtracted");
+        }
+        assert!(divergence(&w.path(&name), 0.0) < 1e-3, "{more:?}: everything kept with 8 bits");
+        assert!(file.at(file.meta.bits_per_value / 2.0).is_err(), "an allocation of its own serves one budget");
+    }
+    assert_eq!(convert("rough", &["--keep", "0.5", "--bits", "3"]), 0);
+    let rough = ProjectionFile::read(&w.path("rough")).unwrap();
+    let ours = ["--bits-per-value", &rough.meta.bits_per_value.to_string(), "--tokens", "4000", "--probe-tokens", "300"];
+    assert_eq!(w.convert(&mut Toy::new(1), "text.txt", "ours", &ours), 0);
+    let (theirs, ours) = (divergence(&w.path("rough"), 0.0), divergence(&w.path("ours"), 0.0));
+    assert!(ours < theirs, "{ours} with our method, {theirs} with theirs, in the same bytes");
+    for bad in [&["--keep", "0.5"][..], &["--bits", "3"], &["--keep", "1.5", "--bits", "3"], &["--keep", "0.5", "--bits", "9"], &["--keep", "0.5", "--bits", "3", "--bits-per-value", "3"]] {
+        assert_ne!(convert("bad", bad), 0, "{bad:?}");
+    }
+}
+
+/// What errors of a side cost, measured forward with noise, is the mean square of its true gradients: the trace of the Fisher
+/// information, here by finite differences of every element. So both rank the projections alike.
+#[test]
+fn noise_measures_what_gradients_do() {
+    const N: usize = 12;
+    const STEP: f32 = 1e-2;
+    let mut toy = Toy::new(1);
+    let mut tap = Tap::new(N_CTX);
+    toy.tap = &mut tap;
+    let tokens: Vec<i32> = text(5).bytes().take(N).map(|b| i32::from(b) % N_VOCAB as i32).collect();
+    let log_softmax = |logits: Vec<f32>| -> Vec<f64> {
+        let mut out = Vec::new();
+        for l in logits.chunks(N_VOCAB) {
+            let z = l.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+            out.extend(l.iter().map(|&x| f64::from(x) - z));
+        }
+        out
+    };
+    let base = log_softmax(toy.eval(&tokens, false).unwrap());
+    let (mut by_gradient, mut by_noise) = (Vec::new(), Vec::new());
+    for (il, side) in (0..N_LAYER).flat_map(|il| SIDES.map(|s| (il, s))) {
+        let mut fisher = 0.0;
+        for element in 0..N * N_KV {
+            toy.nudge = Some((il, side, element, STEP));
+            let changed = log_softmax(toy.eval(&tokens, false).unwrap());
+            fisher += base.iter().zip(&changed).map(|(a, b)| a.exp() * ((b - a) / f64::from(STEP)).powi(2)).sum::<f64>();
+        }
+        toy.nudge = None;
+        by_gradient.push(fisher);
+
+        let mut divergence = 0.0;
+        for seed in 0..40 {
+            tap.replace_mode(Mode::Compress([((il, side), Change::Noise { deviation: STEP, seed })].into()));
+            let changed = log_softmax(toy.eval(&tokens, false).unwrap());
+            divergence += base.iter().zip(&changed).map(|(a, b)| a.exp() * (a - b)).sum::<f64>() / 40.0;
+        }
+        tap.replace_mode(Mode::Pass);
+        by_noise.push(2.0 * divergence / f64::from(STEP * STEP));
+    }
+    for (a, b) in by_gradient.iter().zip(&by_noise) {
+        assert!((a - b).abs() < 0.2 * a, "{by_gradient:?} by gradients, {by_noise:?} by noise");
+    }
+    let order = |x: &[f64]| {
+        let mut order: Vec<usize> = (0..x.len()).collect();
+        order.sort_by(|&a, &b| x[a].total_cmp(&x[b]));
+        order
+    };
+    assert_eq!(order(&by_gradient), order(&by_noise), "{by_gradient:?} by gradients, {by_noise:?} by noise");
 }
 
 #[test]

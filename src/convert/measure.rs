@@ -3,20 +3,30 @@
 //! The metric says which errors of one side cost more than others of the same side, but not how layers and sides compare.
 //! So each is compressed alone, and the divergence that it causes is divided by the distortion that its bits predict.
 
+use super::checkpoint::Memo;
 use super::host::Model;
-use super::stats::{Mode, Tap};
+use super::stats::{Change, Mode, Tap};
 use crate::codec::Codec;
-use crate::layout::{self, Allocation, MAX_BITS};
-use crate::projection::{ProjectionFile, Side, SideProj, SIDES};
+use crate::hash::xxh64;
+use crate::layout::{self, Allocation, MAX_BITS, SEGMENT};
+use crate::projection::{GroupFile, ProjectionFile, Side, SideProj, SIDES};
 use anyhow::{ensure, Context, Result};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatMut, Par};
+use half::f16;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::Mutex;
+use std::time::Instant;
 
 /// Divergence below which f32 logits show rounding error and no more.
 const DIVERGENCE_FLOOR: f64 = 1e-7;
 /// Logits kept in memory, those of the run without compression and those being compared with it.
 const LOGITS_BYTES: usize = 1 << 30;
+
+/// Between the budgets that weights are measured at.
+const BUDGET_RATIO: f64 = 1.414;
 
 /// `f(0..n)` on some threads; results in order.
 pub fn parallel<T: Send>(n: usize, n_thread: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
@@ -63,7 +73,48 @@ fn position(logits: &[f32], n_vocab: usize, i: usize) -> &[f32] {
     &logits[i * n_vocab..][..n_vocab]
 }
 
-/// Windows whose logits without compression are known.
+/// A side that is changed while divergence is measured.
+pub enum Trial {
+    /// stored as rows
+    Stored(SideProj),
+    /// the same, but of the error only what [`Change::Part`] keeps
+    Part(SideProj, Vec<Option<Vec<f32>>>),
+    Noise(f32),
+}
+
+impl Trial {
+    /// A hash of all that it depends on.
+    fn key(&self, seed: u64) -> u64 {
+        let floats = |x: &[f32], h| x.iter().fold(h, |h, v| xxh64(&v.to_le_bytes(), h));
+        let halves = |x: &[f16], h| {
+            // SAFETY: f16 has no padding
+            let bytes = unsafe { std::slice::from_raw_parts(x.as_ptr().cast::<u8>(), 2 * x.len()) };
+            xxh64(bytes, h)
+        };
+        let stored = |p: &SideProj, h| {
+            let h = floats(&p.mean, h);
+            p.groups.iter().fold(h, |h, g| halves(&g.dec, halves(&g.enc, floats(&g.step, xxh64(&g.bits, h)))))
+        };
+        match self {
+            Self::Stored(p) => stored(p, xxh64(b"stored", seed)),
+            Self::Part(p, parts) => {
+                let h = stored(p, xxh64(b"part", seed));
+                parts.iter().fold(h, |h, part| floats(part.as_deref().unwrap_or(&[]), xxh64(b",", h)))
+            }
+            Self::Noise(deviation) => floats(&[*deviation], xxh64(b"noise", seed)),
+        }
+    }
+
+    fn change(self) -> Change {
+        match self {
+            Self::Stored(p) => Change::Codec(Codec::new(&p)),
+            Self::Part(p, parts) => Change::Part(Codec::new(&p), parts),
+            Self::Noise(deviation) => Change::Noise { deviation, seed: 0 },
+        }
+    }
+}
+
+/// Windows that divergence is measured on.
 pub struct Probe<'a> {
     model: &'a Model<'a>,
     tap: &'a Tap,
@@ -71,46 +122,71 @@ pub struct Probe<'a> {
     windows: &'a [Vec<i32>],
     /// positions compared, at the end of each window: cells far back are read there
     n_position: usize,
-    /// `[window][n_position][n_vocab]`
-    base: Vec<Vec<f32>>,
-    /// `[window][n_position]`
-    base_lse: Vec<Vec<f64>>,
+    /// logits without compression and the logarithms of their sums, `[window][n_position][n_vocab]` and `[window][n_position]`
+    base: Vec<(Vec<f32>, Vec<f64>)>,
     logits: Vec<f32>,
+    memo: Memo,
+    seed: u64,
+    /// runs of the model over the windows, and the seconds that they took
+    pub n_run: usize,
+    pub seconds: f64,
 }
 
 impl<'a> Probe<'a> {
-    pub fn new(model: &'a Model<'a>, tap: &'a Tap, windows: &'a [Vec<i32>], n_thread: usize) -> Result<Self> {
+    /// `identity` stands for the model.
+    pub fn new(model: &'a Model<'a>, tap: &'a Tap, windows: &'a [Vec<i32>], n_thread: usize, memo: Memo, identity: u64) -> Result<Self> {
         let shortest = windows.iter().map(Vec::len).min().context("there is no window to measure on")?;
         let most = LOGITS_BYTES / (4 * model.n_vocab * (windows.len() + 1));
         let n_position = (shortest / 2).min(most).max(1);
-        let n_vocab = model.n_vocab;
-        let logits = vec![0f32; n_position * n_vocab];
-        let mut probe =
-            Self { model, tap, n_thread, windows, n_position, base: Vec::new(), base_lse: Vec::new(), logits };
-        tap.replace_mode(Mode::Pass);
-        for window in windows {
-            probe.eval(window)?;
-            let lse = parallel(n_position, n_thread, |i| log_sum_exp(position(&probe.logits, n_vocab, i)));
-            ensure!(lse.iter().all(|l| l.is_finite()), "the model's own logits are not finite");
-            probe.base.push(probe.logits.clone());
-            probe.base_lse.push(lse);
-        }
-        Ok(probe)
+        let token = |h, t: &i32| xxh64(&t.to_le_bytes(), h);
+        let seed = windows.iter().fold(xxh64(&(n_position as u64).to_le_bytes(), identity), |h, w| w.iter().fold(xxh64(b"w", h), token));
+        Ok(Self { model, tap, n_thread, windows, n_position, base: Vec::new(), logits: Vec::new(), memo, seed, n_run: 0, seconds: 0.0 })
+    }
+
+    /// Removes what was kept for an interruption.
+    pub fn forget(&self) {
+        self.memo.remove();
+    }
+
+    /// Tokens that are run per measurement.
+    pub fn n_token(&self) -> usize {
+        self.windows.iter().map(Vec::len).sum()
     }
 
     fn eval(&mut self, window: &[i32]) -> Result<()> {
         self.model.eval(window, false, window.len() - self.n_position, &mut self.logits)
     }
 
-    /// Mean divergence per token with these sides compressed.
-    pub fn divergence(&mut self, sides: impl IntoIterator<Item = ((usize, Side), Codec)>) -> Result<f64> {
-        let sides: BTreeMap<_, _> = sides.into_iter().collect();
-        let (first, side) = *sides.keys().next().context("nothing is compressed")?;
-        self.tap.replace_mode(Mode::Compress(sides));
+    fn run_base(&mut self) -> Result<()> {
+        self.logits = vec![0f32; self.n_position * self.model.n_vocab];
+        self.tap.replace_mode(Mode::Pass);
+        for window in self.windows {
+            self.eval(window)?;
+            let (logits, n_vocab) = (&self.logits, self.model.n_vocab);
+            let lse = parallel(self.n_position, self.n_thread, |i| log_sum_exp(position(logits, n_vocab, i)));
+            ensure!(lse.iter().all(|l| l.is_finite()), "the model's own logits are not finite");
+            self.base.push((self.logits.clone(), lse));
+        }
+        Ok(())
+    }
+
+    /// Mean divergence per token with these sides of these layers changed.
+    pub fn divergence(&mut self, trials: BTreeMap<(usize, Side), Trial>) -> Result<f64> {
+        let (first, side) = *trials.keys().next().context("nothing is compressed")?;
+        let place = |h, &(il, side): &(usize, Side)| xxh64(&(2 * il as u64 + side as u64).to_le_bytes(), h);
+        let key = trials.iter().fold(self.seed, |h, (at, trial)| trial.key(place(h, at)));
+        if let Some(known) = self.memo.get(key) {
+            return Ok(known);
+        }
+        if self.base.is_empty() {
+            self.run_base()?;
+        }
+        let start = Instant::now();
+        self.tap.replace_mode(Mode::Compress(trials.into_iter().map(|(at, trial)| (at, trial.change())).collect()));
         let mut sum = 0.0;
         for (w, window) in self.windows.iter().enumerate() {
             self.eval(window)?;
-            let (base, lse, logits, n_vocab) = (&self.base[w], &self.base_lse[w], &self.logits, self.model.n_vocab);
+            let ((base, lse), logits, n_vocab) = (&self.base[w], &self.logits, self.model.n_vocab);
             let each = parallel(self.n_position, self.n_thread, |i| {
                 divergence(position(base, n_vocab, i), lse[i], position(logits, n_vocab, i))
             });
@@ -118,11 +194,16 @@ impl<'a> Probe<'a> {
         }
         self.tap.replace_mode(Mode::Pass);
         ensure!(sum.is_finite(), "the model's logits are not finite once the {} of layer {first} are compressed", super::solve::name(side));
-        Ok(sum / (self.windows.len() * self.n_position) as f64)
+        let mean = sum / (self.windows.len() * self.n_position) as f64;
+        self.memo.put(key, mean);
+        self.n_run += 1;
+        self.seconds += start.elapsed().as_secs_f64();
+        Ok(mean)
     }
 }
 
 /// A file of all channels with an allocation for it.
+#[derive(Clone)]
 struct Candidate {
     /// per layer and side
     weight: Vec<f64>,
@@ -134,18 +215,6 @@ fn rows(file: &ProjectionFile) -> Vec<(usize, Side)> {
     file.layers.iter().enumerate().flat_map(|(i, _)| SIDES.map(|s| (i, s))).collect()
 }
 
-fn set_weights(file: &mut ProjectionFile, weight: &[f64]) {
-    for ((i, side), &w) in rows(file).into_iter().zip(weight) {
-        file.layers[i].sides[side as usize].weight = w;
-    }
-}
-
-fn candidate(file: &mut ProjectionFile, weight: Vec<f64>) -> Candidate {
-    set_weights(file, &weight);
-    let allocation = layout::allocate(&file.spectra(), file.meta.bits_per_value);
-    Candidate { weight, allocation }
-}
-
 /// Bits of each group of row `row`.
 fn row_bits<'b>(file: &ProjectionFile, allocation: &'b Allocation, row: usize) -> &'b [Vec<u8>] {
     let n_group = |&(i, side): &(usize, Side)| file.layers[i].sides[side as usize].groups.len();
@@ -154,12 +223,21 @@ fn row_bits<'b>(file: &ProjectionFile, allocation: &'b Allocation, row: usize) -
     &allocation.bits[start..start + n_group(&rows[row])]
 }
 
-fn row_codec(file: &ProjectionFile, allocation: &Allocation, row: usize) -> ((usize, Side), Codec) {
+fn side_proj(file: &ProjectionFile, allocation: &Allocation, row: usize) -> SideProj {
     let (i, side) = rows(file)[row];
     let bits: Vec<&[u8]> = row_bits(file, allocation, row).iter().map(Vec::as_slice).collect();
-    let layer = &file.layers[i];
-    let proj = SideProj::new(side, &layer.sides[side as usize], &bits, allocation.row_bytes[row]);
-    ((layer.il, side), Codec::new(&proj))
+    SideProj::new(side, &file.layers[i].sides[side as usize], &bits, allocation.row_bytes[row])
+}
+
+fn stored(file: &ProjectionFile, allocation: &Allocation, rows_used: impl IntoIterator<Item = usize>) -> BTreeMap<(usize, Side), Trial> {
+    let places = rows(file);
+    let trial = |row: usize| ((file.layers[places[row].0].il, places[row].1), Trial::Stored(side_proj(file, allocation, row)));
+    rows_used.into_iter().map(trial).collect()
+}
+
+/// A file at its own budget.
+pub fn whole(file: &ProjectionFile) -> BTreeMap<(usize, Side), Trial> {
+    stored(file, &file.allocation(file.meta.bits_per_value), 0..rows(file).len())
 }
 
 /// What the allocation predicts for row `row`, in the metric.
@@ -190,66 +268,243 @@ fn measured_weights(divergence: &[f64], distortion: &[f64], prior: &[f64]) -> Ve
         .collect()
 }
 
-pub struct Outcome {
-    /// mean divergence per token with everything compressed; `None` where there was nothing to decide
-    pub divergence: Option<f64>,
-    pub allocation: Allocation,
+/// How much is measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Effort {
+    pub rounds: usize,
+    /// whether each row is also measured as what its compression adds to that of all others
+    pub context: bool,
+    /// parts of each group's spectrum that are measured; 0: none
+    pub parts: usize,
+    /// rounds of trying each row's weight up and down
+    pub descents: usize,
+    /// budgets below the file's own that are measured too
+    pub budgets: usize,
 }
 
-/// Probe runs that [`settle`] makes at most, that without compression included.
-pub fn n_run(n_layer: usize) -> usize {
-    2 * 2 * n_layer + 5
+impl Effort {
+    /// Probe runs at most.
+    pub fn n_run(&self, n_layer: usize, n_group: usize) -> usize {
+        let n_row = 2 * n_layer;
+        let round = n_row * (1 + usize::from(self.context)) + 2;
+        1 + self.rounds * round + self.parts * n_group + 2 * usize::from(self.parts > 0) + self.descents * 2 * n_row
+            + self.budgets * (1 + round)
+    }
+}
+
+pub struct Outcome {
+    /// mean divergence per token with everything compressed, at each of the file's budgets; empty where there was nothing to decide
+    pub divergence: Vec<f64>,
+}
+
+struct Search<'s, 'p> {
+    probe: &'s mut Probe<'p>,
+    progress: &'s mut dyn FnMut(),
+}
+
+impl Search<'_, '_> {
+    fn divergence(&mut self, trials: BTreeMap<(usize, Side), Trial>) -> Result<f64> {
+        let d = self.probe.divergence(trials)?;
+        (self.progress)();
+        Ok(d)
+    }
+
+    fn together(&mut self, file: &ProjectionFile, allocation: &Allocation) -> Result<f64> {
+        self.divergence(stored(file, allocation, 0..rows(file).len()))
+    }
+
+    /// Finds weights at `budget`, from `start`, in `rounds` rounds; returns the best candidate with its divergence.
+    fn weights(&mut self, file: &ProjectionFile, budget: f64, start: Vec<f64>, effort: &Effort, rounds: usize) -> Result<(Candidate, f64)> {
+        let n_row = rows(file).len();
+        let mut best = candidate(file, budget, start);
+        let mut least = self.together(file, &best.allocation)?;
+        let mut last: Option<Vec<f64>> = None;
+        for _ in 0..rounds {
+            let (at, all) = (best.clone(), least);
+            let mut each = Vec::new();
+            for row in 0..n_row {
+                let mut d = self.divergence(stored(file, &at.allocation, [row]))?;
+                if effort.context {
+                    let without = self.divergence(stored(file, &at.allocation, (0..n_row).filter(|&r| r != row)))?;
+                    // the first row to be compressed and the last one: half-way between lies what it adds on average
+                    d = 0.5 * (d + (all - without).max(0.0));
+                }
+                each.push(d);
+            }
+            let distortion: Vec<f64> = (0..n_row).map(|row| row_distortion(file, &at.allocation, row)).collect();
+            let weight = measured_weights(&each, &distortion, &at.weight);
+            // two measurements at different operating points: their middle often does better than the second alone
+            let before = last.replace(weight.clone()).unwrap_or(at.weight);
+            let middle = before.iter().zip(&weight).map(|(a, b)| (a * b).sqrt()).collect();
+            for weight in [weight, middle] {
+                let next = candidate(file, budget, weight);
+                let divergence = self.together(file, &next.allocation)?;
+                if divergence < least {
+                    (best, least) = (next, divergence);
+                }
+            }
+        }
+        Ok((best, least))
+    }
+
+    /// Tries each row's weight up and down, and keeps what is better for all rows together.
+    fn descend(&mut self, file: &ProjectionFile, budget: f64, best: &mut Candidate, least: &mut f64, factor: f64) -> Result<()> {
+        for row in 0..rows(file).len() {
+            for factor in [factor, 1.0 / factor] {
+                let mut weight = best.weight.clone();
+                weight[row] *= factor;
+                let next = candidate(file, budget, weight);
+                let divergence = self.together(file, &next.allocation)?;
+                if divergence < *least {
+                    (*best, *least) = (next, divergence);
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Measures parts of each group's spectrum, and returns a file whose channels are scaled by what the parts cost.
+    fn spectrum(&mut self, file: &ProjectionFile, at: &Candidate, n_part: usize, damping: f64) -> Result<ProjectionFile> {
+        let mut scaled = file.clone();
+        for (row, &(i, side)) in rows(file).iter().enumerate() {
+            let from = &file.layers[i].sides[side as usize];
+            let n_group = from.groups.len();
+            let mut costs: Vec<(usize, Range<usize>, f64, f64)> = Vec::new();
+            for (g, group) in from.groups.iter().enumerate() {
+                let bits = &row_bits(file, &at.allocation, row)[g];
+                let d = group.enc.len() / group.variance.len();
+                for part in parts(&group.variance, bits, n_part) {
+                    let mut matrices = vec![None; n_group];
+                    matrices[g] = Some(projector(&group.enc, &group.dec, d, part.clone()));
+                    let trial = Trial::Part(side_proj(file, &at.allocation, row), matrices);
+                    let divergence = self.divergence(BTreeMap::from([((file.layers[i].il, side), trial)]))?;
+                    let segments = part.start / SEGMENT..part.end.div_ceil(SEGMENT);
+                    costs.push((g, part.clone(), divergence, layout::distortion(&group.variance[part], &bits[segments])));
+                }
+            }
+            let (divergence, distortion) = costs.iter().fold((0.0, 0.0), |(a, b), c| (a + c.2, b + c.3));
+            for (g, part, cost, predicted) in costs {
+                if !(cost > DIVERGENCE_FLOOR && predicted > 0.0) {
+                    continue;
+                }
+                let ratio = (cost / predicted) / (divergence / distortion);
+                scale(&mut scaled.layers[i].sides[side as usize].groups[g], part, ratio.powf(damping));
+            }
+            scaled.layers[i].sides[side as usize].groups.iter_mut().for_each(sort_channels);
+        }
+        Ok(scaled)
+    }
+}
+
+/// Cuts a spectrum into parts of about the same predicted distortion, on segment borders.
+fn parts(variance: &[f32], bits: &[u8], n_part: usize) -> Vec<Range<usize>> {
+    let segment = |s: usize| layout::distortion(&variance[s * SEGMENT..(s + 1) * SEGMENT], &bits[s..=s]);
+    let each: Vec<f64> = (0..bits.len()).map(segment).collect();
+    let total: f64 = each.iter().sum();
+    let (mut out, mut start, mut sum) = (Vec::new(), 0, 0.0);
+    for (s, d) in each.iter().enumerate() {
+        sum += d;
+        if sum >= total * (out.len() + 1) as f64 / n_part as f64 || s + 1 == bits.len() {
+            out.push(start * SEGMENT..(s + 1) * SEGMENT);
+            start = s + 1;
+        }
+    }
+    out
+}
+
+/// Σ dec_c enc_cᵀ over some channels, `[d][d]`.
+fn projector(enc: &[f16], dec: &[f16], d: usize, channels: Range<usize>) -> Vec<f32> {
+    let matrix = |x: &[f16]| Mat::from_fn(channels.len(), d, |c, i| x[(channels.start + c) * d + i].to_f32());
+    let mut out = vec![0f32; d * d];
+    let to = MatMut::from_row_major_slice_mut(&mut out, d, d);
+    matmul(to, Accum::Replace, matrix(dec).transpose(), matrix(enc).as_ref(), 1.0f32, Par::Seq);
+    out
+}
+
+/// Makes distortion of these channels cost `factor` as much: the latent is stretched, and shrunk again when it is read.
+fn scale(group: &mut GroupFile, channels: Range<usize>, factor: f64) {
+    let d = group.enc.len() / group.variance.len();
+    let root = factor.sqrt() as f32;
+    for c in channels {
+        group.variance[c] *= root * root;
+        group.enc[c * d..][..d].iter_mut().for_each(|x| *x = f16::from_f32(x.to_f32() * root));
+        group.dec[c * d..][..d].iter_mut().for_each(|x| *x = f16::from_f32(x.to_f32() / root));
+    }
+}
+
+/// Puts channels in falling order of variance again.
+fn sort_channels(group: &mut GroupFile) {
+    let n = group.variance.len();
+    let d = group.enc.len() / n;
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by(|&a, &b| group.variance[b].total_cmp(&group.variance[a]));
+    let rows = |x: &[f16]| order.iter().flat_map(|&c| x[c * d..][..d].iter().copied()).collect::<Vec<f16>>();
+    (group.enc, group.dec) = (rows(&group.enc), rows(&group.dec));
+    group.variance = order.iter().map(|&c| group.variance[c]).collect();
+}
+
+/// The file's allocation at `budget` with these weights.
+fn candidate(file: &ProjectionFile, budget: f64, weight: Vec<f64>) -> Candidate {
+    let mut spectra = file.spectra(budget);
+    for s in &mut spectra {
+        s.weight = weight[s.row];
+    }
+    let allocation = layout::allocate(&spectra, budget);
+    Candidate { weight, allocation }
 }
 
 /// Measures `file`'s weights (set to their prior by then) and leaves those that did best in it. `probe` is made on demand;
 /// `progress` is told after each run.
 pub fn settle<'a>(
     file: &mut ProjectionFile,
-    probe: impl FnOnce() -> Result<Probe<'a>>,
+    effort: &Effort,
+    probe: &mut Probe<'a>,
     mut progress: impl FnMut(),
 ) -> Result<Outcome> {
-    let n_row = rows(file).len();
-    let prior: Vec<f64> = file.layers.iter().flat_map(|l| &l.sides).map(|s| s.weight).collect();
-    let mut current = candidate(file, prior.clone());
-    let spectra = file.spectra();
-    let saturated = spectra.iter().zip(&current.allocation.bits).all(|(s, bits)| {
-        s.variance.chunks(layout::SEGMENT).zip(bits).all(|(v, &b)| b as usize == MAX_BITS || v.iter().all(|&v| v == 0.0))
+    let budget = file.meta.bits_per_value;
+    let prior: Vec<f64> = file.layers.iter().flat_map(|l| &l.sides).map(|s| s.weight[0]).collect();
+    let first = candidate(file, budget, prior.clone());
+    let spectra = file.spectra(budget);
+    let saturated = spectra.iter().zip(&first.allocation.bits).all(|(s, bits)| {
+        s.variance.chunks(SEGMENT).zip(bits).all(|(v, &b)| b as usize == MAX_BITS || v.iter().all(|&v| v == 0.0))
     });
     if saturated {
-        return Ok(Outcome { divergence: None, allocation: current.allocation });
+        return Ok(Outcome { divergence: Vec::new() });
     }
-
-    let mut probe = probe()?;
-    progress();
-    let mut best_divergence = together(&mut probe, file, &current)?;
-    progress();
-    let mut last: Option<Vec<f64>> = None;
-    for _ in 0..2 {
-        let mut each = Vec::new();
-        for row in 0..n_row {
-            each.push(probe.divergence([row_codec(file, &current.allocation, row)])?);
-            progress();
-        }
-        let distortion: Vec<f64> = (0..n_row).map(|row| row_distortion(file, &current.allocation, row)).collect();
-        let weight = measured_weights(&each, &distortion, &prior);
-        // two measurements at different operating points: their middle often does better than the second alone
-        let middle = last.map(|last| last.iter().zip(&weight).map(|(a, b)| (a * b).sqrt()).collect());
-        last = Some(weight.clone());
-        for weight in std::iter::once(weight).chain(middle) {
-            let next = candidate(file, weight);
-            let divergence = together(&mut probe, file, &next)?;
-            progress();
-            if divergence < best_divergence {
-                (best_divergence, current) = (divergence, next);
+    let mut search = Search { probe, progress: &mut progress };
+    let (mut best, mut least) = search.weights(file, budget, prior, effort, effort.rounds)?;
+    if effort.parts > 0 {
+        for damping in [1.0, 0.5] {
+            let finer = search.spectrum(file, &best, effort.parts, damping)?;
+            let next = candidate(&finer, budget, best.weight.clone());
+            let divergence = search.together(&finer, &next.allocation)?;
+            if divergence < least {
+                (*file, best, least) = (finer, next, divergence);
+                break;
             }
         }
     }
-    set_weights(file, &current.weight);
-    Ok(Outcome { divergence: Some(best_divergence), allocation: current.allocation })
-}
-
-fn together(probe: &mut Probe, file: &ProjectionFile, candidate: &Candidate) -> Result<f64> {
-    probe.divergence((0..rows(file).len()).map(|row| row_codec(file, &candidate.allocation, row)))
+    for i in 0..effort.descents {
+        search.descend(file, budget, &mut best, &mut least, [1.5, 1.25, 1.12][i.min(2)])?;
+    }
+    let mut nodes = vec![(budget, best.weight, least)];
+    for _ in 0..effort.budgets {
+        let (above, weight, _) = nodes[0].clone();
+        let budget = above / BUDGET_RATIO;
+        let (below, least) = search.weights(file, budget, weight, effort, 1)?;
+        nodes.insert(0, (budget, below.weight, least));
+    }
+    // only proportions matter: those of the nodes are made comparable, so that it is them that lies between
+    for (_, weight, _) in &mut nodes {
+        let mean = (weight.iter().filter(|w| **w > 0.0).map(|w| w.ln()).sum::<f64>() / weight.len() as f64).exp();
+        weight.iter_mut().for_each(|w| *w /= mean);
+    }
+    file.meta.budgets = nodes.iter().map(|n| n.0).collect();
+    for (row, (i, side)) in rows(file).into_iter().enumerate() {
+        file.layers[i].sides[side as usize].weight = nodes.iter().map(|n| n.1[row]).collect();
+    }
+    Ok(Outcome { divergence: nodes.iter().map(|n| n.2).collect() })
 }
 
 #[cfg(test)]

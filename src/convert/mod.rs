@@ -1,11 +1,14 @@
 //! `palu convert`: how a projection file is made.
 //!
 //! The runtime runs the model ([`host`]); this module chooses the tokens ([`windows`]), looks at keys, values and queries
-//! through a tap ([`stats`]), works out what errors cost from attention itself ([`weigh`]), finds the bases ([`solve`]), measures
-//! how layers compare ([`measure`]) and writes the file.
+//! through a tap ([`stats`]), works out what errors cost from attention itself ([`weigh`]), adds it all up ([`collect`]), finds the
+//! bases ([`solve`]), measures how layers compare ([`measure`]) and writes the file. [`published`] does it the paper's way instead.
 
+pub mod checkpoint;
+pub mod collect;
 pub mod host;
 pub mod measure;
+pub mod published;
 pub mod report;
 pub mod solve;
 pub mod stats;
@@ -15,18 +18,22 @@ pub mod windows;
 pub use host::{Host, HostModel, HostParams};
 pub use stats::{Tap, TapParams};
 
-use crate::layout::{ROW_ALIGN, SCALE_BYTES};
+use crate::hash::xxh64;
+use crate::layout::{ROW_ALIGN, SCALE_BYTES, SEGMENT};
 use crate::projection::{LayerFile, Meta, ProjectionFile, SIDES};
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{ensure, Context, Result};
+use checkpoint::{with_suffix, Checkpoint, Memo};
+use collect::Pass;
 use host::Model;
-use measure::{parallel, Outcome, Probe};
+use measure::{parallel, Effort, Outcome, Probe};
+use published::{Decomposition, Published, RankSearch};
 use report::Stage;
-use stats::{LayerShape, LayerStats, Mode};
+use solve::{GroupSize, Metric, Recipe};
+use stats::{LayerShape, LayerStats};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use weigh::HeadWeights;
+use std::time::Instant;
 use windows::Windows;
 
 /// Tokens of a window, where the model was trained for as many.
@@ -35,6 +42,8 @@ const WINDOW: usize = 2048;
 const SELF_WINDOW: usize = 512;
 const TOKENS: usize = 131_072;
 const SELF_TOKENS: usize = 16_384;
+/// See [`Recipe::importance`].
+const IMPORTANCE: f64 = 0.0;
 /// Above this, every channel has all of its bits whatever the head size.
 const MAX_BITS_PER_VALUE: f64 = 9.0;
 
@@ -52,16 +61,23 @@ pub struct Options {
     pub output: PathBuf,
     /// Budget: stored bits per cached value, scales and padding included (f16 is 16). The file serves smaller ones too
     #[arg(long, value_name = "B", value_parser = parse_bits, allow_negative_numbers = true)]
-    pub bits_per_value: f64,
-    /// KV heads that share a latent; 0: all of a layer (best quality), 1: none (least work)
-    #[arg(long, value_name = "G", default_value_t = 0)]
-    pub group_size: usize,
+    #[arg(required_unless_present = "preset", conflicts_with = "preset")]
+    pub bits_per_value: Option<f64>,
+    /// KV heads that share a latent: all of a layer (best quality), 1 (least work), or auto: as many as make 1024 channels
+    #[arg(long, value_name = "G|all|auto", default_value = "auto")]
+    pub group_size: GroupSize,
+    /// How much is measured to find what errors cost
+    #[arg(long, value_enum, value_name = "LEVEL", default_value = "default", conflicts_with = "preset")]
+    pub refine: Refine,
     /// Tokens to collect statistics from [default: 131072, with "self" 16384]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub tokens: Option<u32>,
     /// Tokens that divergence is measured on, other ones
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
     pub probe_tokens: u32,
+    /// Statistics: used if this file has those of the same model, text and tokens, else collected and kept in it
+    #[arg(long, value_name = "FILE")]
+    pub statistics: Option<PathBuf>,
     /// Seed of the sampling with "self"
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
@@ -74,6 +90,78 @@ pub struct Options {
     /// Layers of the model to run on the GPU (also -ngl) [default: the runtime's]
     #[arg(long, visible_alias = "ngl", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     pub n_gpu_layers: i32,
+
+    /// Another method than this project's own: palu is that of the paper (arXiv 2407.21118)
+    #[arg(long, value_enum, help_heading = "Published methods", requires_all = ["keep", "bits"])]
+    pub preset: Option<Preset>,
+    /// Part of all channels that is kept
+    #[arg(long, value_name = "R", value_parser = parse_share, help_heading = "Published methods", requires = "preset")]
+    pub keep: Option<f64>,
+    /// Bits of each code
+    #[arg(long, value_name = "N", value_parser = published::parse_bits, help_heading = "Published methods", requires = "preset")]
+    pub bits: Option<u8>,
+    /// What is decomposed: the projection, or its effect on the text
+    #[arg(long, value_enum, default_value = "whitened", help_heading = "Published methods")]
+    pub decomposition: Decomposition,
+    /// How ranks are given out
+    #[arg(long, value_enum, default_value = "fisher", help_heading = "Published methods")]
+    pub rank_search: RankSearch,
+
+    /// What an error costs within a side
+    #[arg(long, value_enum, default_value = "attention", help_heading = "Advanced, for comparison", hide_short_help = true)]
+    pub metric: Metric,
+    /// Part of the covariance in which tokens count as much as attention reads them
+    #[arg(long, value_name = "PART", default_value_t = IMPORTANCE, value_parser = parse_part)]
+    #[arg(help_heading = "Advanced, for comparison", hide_short_help = true)]
+    pub importance: f64,
+    /// Subtract no means
+    #[arg(long, help_heading = "Advanced, for comparison", hide_short_help = true)]
+    pub no_mean: bool,
+    /// Measure as said instead of by a level: rounds,context,parts,descents,budgets
+    #[arg(long, value_name = "N,N,N,N,N", value_parser = parse_effort, help_heading = "Advanced, for comparison", hide_short_help = true)]
+    pub effort: Option<Effort>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Preset {
+    Palu,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Refine {
+    /// one round
+    Quick,
+    Default,
+    /// several times the default's time
+    Thorough,
+}
+
+impl Refine {
+    fn effort(self) -> Effort {
+        match self {
+            Self::Quick => Effort { rounds: 1, context: false, parts: 0, descents: 0, budgets: 0 },
+            Self::Default => Effort { rounds: 2, context: false, parts: 0, descents: 0, budgets: 0 },
+            Self::Thorough => Effort { rounds: 2, context: true, parts: 4, descents: 2, budgets: 2 },
+        }
+    }
+}
+
+fn parse_effort(s: &str) -> Result<Effort, String> {
+    let numbers: Vec<usize> = s.split(',').filter_map(|n| n.parse().ok()).collect();
+    match numbers[..] {
+        [rounds, context, parts, descents, budgets] if rounds > 0 && numbers.iter().all(|&n| n < 100) => {
+            Ok(Effort { rounds, context: context > 0, parts, descents, budgets })
+        }
+        _ => Err("five small numbers, the first above 0".to_owned()),
+    }
+}
+
+fn parse_share(s: &str) -> Result<f64, String> {
+    s.parse().ok().filter(|r| *r > 0.0 && *r <= 1.0).ok_or_else(|| "the part kept is above 0 and at most 1".to_owned())
+}
+
+fn parse_part(s: &str) -> Result<f64, String> {
+    s.parse().ok().filter(|r| (0.0..=1.0).contains(r)).ok_or_else(|| "a part is between 0 and 1".to_owned())
 }
 
 fn parse_bits(s: &str) -> Result<f64, String> {
@@ -134,14 +222,52 @@ impl Options {
 
     /// What the file's content depends on, as options.
     fn recorded(&self, n_collect: usize, n_probe: usize) -> String {
-        let mut s = format!("--bits-per-value {} --tokens {n_collect} --probe-tokens {n_probe}", self.bits_per_value);
-        if self.group_size > 0 {
-            s += &format!(" --group-size {}", self.group_size);
+        let mut s = match (self.bits_per_value, self.published()) {
+            (_, Some(p)) => format!("--preset palu --keep {} --bits {} --decomposition {:?} --rank-search {:?}", p.keep, p.bits, p.decomposition, p.search).to_lowercase(),
+            (bits, None) => format!("--bits-per-value {} --refine {:?}", bits.unwrap_or_default(), self.refine).to_lowercase(),
+        };
+        s += &format!(" --tokens {n_collect} --probe-tokens {n_probe} --group-size {}", self.group_size);
+        if self.metric != Metric::Attention || self.importance != IMPORTANCE || self.no_mean || self.effort.is_some() {
+            let e = self.effort();
+            s += &format!(" --metric {:?} --importance {} --effort {},{},{},{},{}", self.metric, self.importance, e.rounds, u8::from(e.context), e.parts, e.descents, e.budgets).to_lowercase();
+        }
+        if self.no_mean {
+            s += " --no-mean";
         }
         if self.is_self() {
             s += &format!(" --seed {}", self.seed);
         }
         s
+    }
+
+    fn effort(&self) -> Effort {
+        self.effort.unwrap_or_else(|| self.refine.effort())
+    }
+
+    fn recipe(&self) -> Recipe {
+        Recipe { metric: self.metric, importance: self.importance, mean: !self.no_mean }
+    }
+
+    fn published(&self) -> Option<Published> {
+        self.preset?;
+        Some(Published { keep: self.keep?, bits: self.bits?, decomposition: self.decomposition, search: self.rank_search, group_size: self.group_size })
+    }
+
+    fn metric_name(&self, measured: bool) -> String {
+        let name = match self.metric {
+            Metric::None => "none",
+            Metric::Query => "query+output",
+            Metric::Attention => "attention+output",
+        };
+        format!("{name}{}", if measured { ", measured" } else { "" })
+    }
+
+    /// Heads per group in layer `il`.
+    fn group_size(&self, il: usize, shape: &LayerShape) -> Result<usize> {
+        match self.preset {
+            Some(Preset::Palu) => published::group_size(self.group_size, il, shape),
+            None => self.group_size.of(il, shape),
+        }
     }
 }
 
@@ -221,153 +347,177 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
         );
     }
 
-    let layers = collect_and_solve(options, &model, &tap, &shapes, &windows, n_thread, &mut times)?;
+    let stem = options.statistics.clone().unwrap_or_else(|| with_suffix(&options.output, ".stats"));
+    let mut files = Vec::new();
+    let memo = Memo::open(with_suffix(&stem, ".probes"));
+    let mut probe = Probe::new(&model, &tap, &windows.probe, n_thread, memo, model.identity)?;
     let n_probe_real = windows.probe.iter().map(Vec::len).sum();
-    let mut file = ProjectionFile {
-        meta: Meta {
-            arch: model.arch.clone(),
-            model_name: model.name.clone(),
-            model_identity: model.identity,
-            n_layer: model.n_layer,
-            bits_per_value: options.bits_per_value,
-            calibration_hash: windows.hash,
-            calibration: options.calibration.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            calibration_tokens: windows.n_token() as u64,
-            metric: String::new(),
-            options: options.recorded(windows.n_token(), n_probe_real),
-        },
-        layers,
+    let meta = Meta {
+        arch: model.arch.clone(),
+        model_name: model.name.clone(),
+        model_identity: model.identity,
+        n_layer: model.n_layer,
+        bits_per_value: options.bits_per_value.unwrap_or_default(),
+        budgets: vec![options.bits_per_value.unwrap_or_default()],
+        calibration_hash: windows.hash,
+        calibration: options.calibration.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        calibration_tokens: windows.n_token() as u64,
+        metric: String::new(),
+        options: options.recorded(windows.n_token(), n_probe_real),
     };
 
-    let mut stage = Stage::new("measure", measure::n_run(file.layers.len()));
-    let probe = || Probe::new(&model, &tap, &windows.probe, n_thread);
-    let outcome = measure::settle(&mut file, probe, || stage.step())?;
-    times.push(stage.finish());
-    file.meta.metric = if outcome.divergence.is_some() { "attention+output, measured" } else { "attention+output" }.to_owned();
+    let mut layers = Vec::new();
+    let (mut collect_time, mut solve_time, mut peak) = (0.0, 0.0, Vec::new());
+    for (i, pass) in passes(options, &shapes, &windows)?.into_iter().enumerate() {
+        let start = Instant::now();
+        let path = if i == 0 { stem.clone() } else { with_suffix(&stem, &format!(".{i}")) };
+        let identity = statistics_identity(&model, &shapes, &windows, &pass);
+        let pass = Pass {
+            model: &model,
+            tap: &tap,
+            shapes: &shapes,
+            layers: pass,
+            windows: &windows.collect,
+            sample: sample(&windows),
+            n_thread,
+            checkpoint: Checkpoint::new(path.clone(), identity),
+        };
+        let collected = pass.run()?;
+        files.push(path);
+        collect_time += start.elapsed().as_secs_f64();
+        if let Some(method) = options.published() {
+            // one pass, so these are all layers
+            let scores = if method.search == RankSearch::Uniform {
+                vec![[1.0; 2]; collected.len()]
+            } else {
+                let mut stage = Stage::new("fisher", 2 * collected.len());
+                let scores = published::fisher(&mut probe, &collected, || stage.step())?;
+                times.push(stage.finish());
+                scores
+            };
+            let stage = Stage::new("decompose", 1);
+            let sides = published::solve(&method, &tap, &shapes, &collected, &scores)?;
+            layers.extend(collected.keys().zip(sides).map(|(&il, sides)| LayerFile { il, sides }));
+            solve_time += stage.finish().1;
+            continue;
+        }
+        let stage = Stage::new("decompose", 1);
+        let jobs: Vec<_> = collected.iter().flat_map(|(&il, layer)| SIDES.map(|side| (il, layer, side))).collect();
+        let solved = parallel(jobs.len(), n_thread, |i| {
+            let (il, layer, side) = jobs[i];
+            let group_size = options.group_size(il, &shapes[&il])?;
+            solve::solve(il, &shapes[&il], side, layer, model.n_ctx_train, group_size, &options.recipe())
+        });
+        let mut solved = solved.into_iter();
+        for &il in collected.keys() {
+            let (Some(key), Some(value)) = (solved.next(), solved.next()) else { unreachable!("two sides per layer") };
+            layers.push(LayerFile { il, sides: [key?, value?] });
+        }
+        solve_time += stage.finish().1;
+        peak.push(report::peak_memory());
+    }
+    times.extend([("collect", collect_time), ("decompose", solve_time)]);
 
-    keep_allocated(&mut file, &outcome)?;
+    let mut file = ProjectionFile { meta, layers };
+    let outcome = if options.preset.is_some() {
+        let real = file.allocation(0.0).bits_per_value(&file.spectra(0.0));
+        (file.meta.bits_per_value, file.meta.budgets) = (real, vec![real]);
+        file.meta.metric = "palu as published".to_owned();
+        Outcome { divergence: vec![probe.divergence(measure::whole(&file))?] }
+    } else {
+        let effort = options.effort();
+        let n_group = file.layers.iter().flat_map(|l| &l.sides).map(|s| s.groups.len()).sum();
+        let mut stage = Stage::new("measure", effort.n_run(file.layers.len(), n_group));
+        let outcome = measure::settle(&mut file, &effort, &mut probe, || stage.step())?;
+        times.push(stage.finish());
+        file.meta.metric = options.metric_name(!outcome.divergence.is_empty());
+        keep_allocated(&mut file)?;
+        outcome
+    };
     let projection = file.at(0.0)?;
     file.write(&options.output)?;
-    print!("{}", report::summary(&projection, &outcome, &times));
+    print!("{}", report::summary(&projection, &file.meta.budgets, &outcome, &times, &probe, windows.n_token()));
     println!("wrote {}", options.output.display());
+    if options.statistics.is_none() {
+        files.iter().for_each(|f| _ = std::fs::remove_file(f));
+        probe.forget();
+    }
     Ok(())
+}
+
+/// Every how many positions of a window a query is looked at.
+fn sample(windows: &Windows) -> usize {
+    (windows.longest() / weigh::QUERIES_PER_WINDOW).max(1)
+}
+
+/// Which layers' statistics are collected together, within the memory for them; each with the heads whose channels are looked at
+/// together.
+fn passes(options: &Options, shapes: &BTreeMap<usize, LayerShape>, windows: &Windows) -> Result<Vec<Vec<(usize, usize)>>> {
+    let limit = (options.stats_memory * (1u64 << 30) as f64) as usize;
+    let mut passes: Vec<Vec<(usize, usize)>> = Vec::new();
+    let mut used = usize::MAX;
+    for (&il, shape) in shapes {
+        let group_size = options.group_size(il, shape)?;
+        let bytes = LayerStats::bytes(shape, group_size, windows.longest());
+        // ranks of the published method are decided for all layers at once
+        if passes.is_empty() || options.preset.is_none() && used.saturating_add(bytes) > limit {
+            passes.push(Vec::new());
+            used = 0;
+        }
+        used += bytes;
+        passes.last_mut().expect("the first layer opens a pass").push((il, group_size));
+    }
+    Ok(passes)
+}
+
+/// A hash of everything that decides what one pass collects.
+fn statistics_identity(model: &Model, shapes: &BTreeMap<usize, LayerShape>, windows: &Windows, pass: &[(usize, usize)]) -> u64 {
+    let mut h = model.identity;
+    for (il, group_size) in pass {
+        h = xxh64(format!("{il} {group_size} {} {:?}", sample(windows), shapes[il]).as_bytes(), h);
+    }
+    for window in &windows.collect {
+        h = xxh64(&(window.len() as u64).to_le_bytes(), h);
+        h = window.iter().fold(h, |h, t| xxh64(&t.to_le_bytes(), h));
+    }
+    h
 }
 
 /// Groups must divide heads, and the budget must at least pay for the rows' scales.
 fn check_budget(options: &Options, shapes: &BTreeMap<usize, LayerShape>) -> Result<()> {
     let (mut bytes, mut values) = (0, 0);
     for (&il, shape) in shapes {
-        let groups = shape.n_head_kv / solve::group_size(options.group_size, il, shape)?;
+        let groups = shape.n_head_kv / options.group_size(il, shape)?;
         bytes += 2 * (groups * SCALE_BYTES).next_multiple_of(ROW_ALIGN);
         values += SIDES.iter().map(|&s| shape.width(s)).sum::<usize>();
     }
     let least = 8.0 * bytes as f64 / values as f64;
-    let bits = options.bits_per_value;
+    let Some(bits) = options.bits_per_value else { return Ok(()) };
     ensure!(bits > least, "{bits} bits per value do not pay for more than the rows' scales, which take {least:.3}");
     Ok(())
 }
 
-/// Runs the windows, as often as the statistics' memory makes it necessary, and decomposes every layer.
-fn collect_and_solve(
-    options: &Options,
-    model: &Model,
-    tap: &Tap,
-    shapes: &BTreeMap<usize, LayerShape>,
-    windows: &Windows,
-    n_thread: usize,
-    times: &mut Vec<(&'static str, f64)>,
-) -> Result<Vec<LayerFile>> {
-    let limit = (options.stats_memory * (1u64 << 30) as f64) as usize;
-    let mut passes: Vec<Vec<usize>> = Vec::new();
-    let mut used = usize::MAX;
-    let longest = windows.collect.iter().map(Vec::len).max().unwrap_or(0);
-    let sample = (longest / weigh::QUERIES_PER_WINDOW).max(1);
-    for (&il, shape) in shapes {
-        let bytes = LayerStats::bytes(shape, longest);
-        if used.saturating_add(bytes) > limit {
-            passes.push(Vec::new());
-            used = 0;
-        }
-        used += bytes;
-        passes.last_mut().expect("the first layer opens a pass").push(il);
-    }
-
-    let mut layers = Vec::new();
-    let (mut collect_time, mut solve_time) = (0.0, 0.0);
-    for pass in &passes {
-        let mut stage = Stage::new("collect", windows.collect.len());
-        tap.replace_mode(Mode::Collect(pass.iter().map(|&il| (il, LayerStats::new(&shapes[&il], sample))).collect()));
-        // the runtime is asked from this thread alone
-        let mut outputs = Vec::new();
-        for &il in pass {
-            let shape = &shapes[&il];
-            let w = model.output_proj(il, shape.n_head * shape.head_dim_v)?;
-            let grams = solve::output_grams(w.as_deref(), shape);
-            let roots: Result<Vec<Vec<f32>>> = grams.iter().map(solve::gram_root).collect();
-            outputs.push((grams, roots.with_context(|| format!("layer {il}, output projection"))?));
-        }
-        let heads: Vec<(usize, usize)> =
-            pass.iter().enumerate().flat_map(|(i, il)| (0..shapes[il].n_head_kv).map(move |g| (i, g))).collect();
-        let weights: Vec<Mutex<HeadWeights>> =
-            heads.iter().map(|&(i, _)| Mutex::new(HeadWeights::new(&shapes[&pass[i]]))).collect();
-        for (i, window) in windows.collect.iter().enumerate() {
-            model.eval(window, false, 0, &mut [])?;
-            if let Some((il, side)) = tap.find_non_finite() {
-                bail!("layer {il}: the model's {} are not finite; is the model file damaged?", solve::name(side));
-            }
-            let seen = tap.take_windows();
-            parallel(heads.len(), n_thread, |j| {
-                let (i, g) = heads[j];
-                let (shape, rope) = tap.layer(pass[i]);
-                stats::lock(&weights[j]).add(g, &shape, &rope, &seen[i], &outputs[i].1);
-            });
-            stage.set(i + 1);
-        }
-        collect_time += stage.finish().1;
-        let Mode::Collect(stats) = tap.replace_mode(Mode::Pass) else { unreachable!("nobody else changes the mode") };
-        for (il, stats) in &stats {
-            ensure!(SIDES.iter().all(|&s| stats.moments[s as usize].n_token() > 0), "the runtime never ran layer {il} through the tap");
-        }
-
-        let stage = Stage::new("decompose", 1);
-        let mut weights = weights.into_iter().map(|w| w.into_inner().expect("no thread panicked"));
-        let mut jobs = Vec::new();
-        for ((il, stats), (grams, _)) in stats.into_iter().zip(outputs) {
-            let weights: Vec<HeadWeights> = weights.by_ref().take(shapes[&il].n_head_kv).collect();
-            jobs.push((il, stats, weights, grams));
-        }
-        let n_ctx = model.n_ctx_train;
-        let solved = parallel(jobs.len(), n_thread, |i| {
-            let (il, stats, weights, grams) = &jobs[i];
-            let group_size = solve::group_size(options.group_size, *il, &shapes[il])?;
-            solve::layer_file(*il, &shapes[il], stats, weights, grams, n_ctx, group_size)
-        });
-        for layer in solved {
-            layers.push(layer?);
-        }
-        solve_time += stage.finish().1;
-    }
-    times.extend([("collect", collect_time), ("decompose", solve_time)]);
-    Ok(layers)
-}
-
-/// Drops the channels that the allocation gives no bits. A file lays itself out again from what is left, so that must come
-/// to the same allocation.
-fn keep_allocated(file: &mut ProjectionFile, outcome: &Outcome) -> Result<()> {
-    use crate::layout::{allocate, SEGMENT};
-    let mut bits = outcome.allocation.bits.iter();
+/// Drops the channels that no budget gives bits. A file lays itself out again from what is left, so that must come to the same
+/// allocation.
+fn keep_allocated(file: &mut ProjectionFile) -> Result<()> {
+    let budgets = file.meta.budgets.clone();
+    let before: Vec<_> = budgets.iter().map(|&b| file.allocation(b)).collect();
+    let kept = |bits: &[u8]| bits.iter().take_while(|&&b| b > 0).count();
+    let mut i = 0;
     for side in file.layers.iter_mut().flat_map(|l| &mut l.sides) {
         let d = side.group_size * side.head_dim;
         for group in &mut side.groups {
-            let rank = SEGMENT * bits.next().context("an allocation per group")?.iter().take_while(|&&b| b > 0).count();
+            let rank = SEGMENT * before.iter().map(|a| kept(&a.bits[i])).max().unwrap_or(0);
             group.variance.truncate(rank);
             group.enc.truncate(rank * d);
             group.dec.truncate(rank * d);
+            i += 1;
         }
     }
-    let again = allocate(&file.spectra(), file.meta.bits_per_value);
-    let kept = |bits: &[u8]| bits.iter().copied().take_while(|&b| b > 0).collect::<Vec<u8>>();
-    let same = again.bits.iter().zip(&outcome.allocation.bits).all(|(a, b)| kept(a) == kept(b));
-    ensure!(same && again.row_bytes == outcome.allocation.row_bytes, "the file would not lay itself out as it was measured");
+    for (&budget, before) in budgets.iter().zip(&before) {
+        let after = file.allocation(budget);
+        let same = after.bits.iter().zip(&before.bits).all(|(a, b)| a[..kept(a)] == b[..kept(b)]);
+        ensure!(same && after.row_bytes == before.row_bytes, "the file would not lay itself out as it was measured");
+    }
     Ok(())
 }

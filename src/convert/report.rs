@@ -1,6 +1,6 @@
 //! What a person sees while a model is converted, and afterwards.
 
-use super::measure::Outcome;
+use super::measure::{Outcome, Probe};
 use crate::projection::{Projection, SIDES};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write;
@@ -17,6 +17,7 @@ pub struct Stage {
     start: Instant,
     line: Instant,
     terminal: bool,
+    skipped: usize,
 }
 
 impl Stage {
@@ -27,11 +28,18 @@ impl Stage {
         let bar = ProgressBar::with_draw_target(Some(n as u64), target).with_style(style).with_message(name);
         bar.tick();
         let now = Instant::now();
-        Self { bar, name, start: now, line: now, terminal }
+        Self { bar, name, start: now, line: now, terminal, skipped: 0 }
     }
 
     pub fn set_length(&mut self, n: usize) {
         self.bar.set_length(n as u64);
+    }
+
+    /// What was done before does not tell how long the rest takes.
+    pub fn skip(&mut self, done: usize) {
+        self.skipped = done;
+        self.bar.set_position(done as u64);
+        self.bar.reset_eta();
     }
 
     pub fn set(&mut self, done: usize) {
@@ -39,7 +47,8 @@ impl Stage {
         if !self.terminal && self.line.elapsed() >= LINE_EVERY && done > 0 {
             self.line = Instant::now();
             let n = self.bar.length().unwrap_or(0);
-            let left = self.start.elapsed().as_secs_f64() * (n.saturating_sub(done as u64)) as f64 / done as f64;
+            let each = self.start.elapsed().as_secs_f64() / done.saturating_sub(self.skipped).max(1) as f64;
+            let left = each * n.saturating_sub(done as u64) as f64;
             eprintln!("{}: {done} of {n}, about {left:.0} s left", self.name);
         }
     }
@@ -60,7 +69,7 @@ impl Stage {
 }
 
 /// Most memory that this process has used, in bytes.
-fn peak_memory() -> u64 {
+pub fn peak_memory() -> u64 {
     // SAFETY: getrusage only writes the struct
     let max = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
@@ -103,15 +112,28 @@ pub fn table(projection: &Projection) -> String {
 }
 
 /// The end of a conversion.
-pub fn summary(projection: &Projection, outcome: &Outcome, stages: &[(&'static str, f64)]) -> String {
+pub fn summary(
+    projection: &Projection,
+    budgets: &[f64],
+    outcome: &Outcome,
+    stages: &[(&'static str, f64)],
+    probe: &Probe,
+    n_collect: usize,
+) -> String {
     let mut s = table(projection);
-    match outcome.divergence {
-        Some(k) => {
-            let _ = writeln!(s, "mean KL divergence on the probe tokens: {k:.6}");
-        }
-        None => s.push_str("every channel has all of its bits, so nothing was measured\n"),
+    if outcome.divergence.is_empty() {
+        s.push_str("every channel has all of its bits, so nothing was measured\n");
+    }
+    for (budget, k) in budgets.iter().zip(&outcome.divergence).rev() {
+        let _ = writeln!(s, "mean KL divergence on the probe tokens, {budget:.3} bits per value: {k:.6}");
     }
     let times: Vec<String> = stages.iter().map(|(name, seconds)| format!("{name} {seconds:.1} s")).collect();
     let _ = writeln!(s, "{}; peak memory {}", times.join(", "), HumanBytes(peak_memory()));
-    s
+    let collect: f64 = stages.iter().filter(|(name, _)| *name == "collect").map(|(_, seconds)| seconds).sum();
+    let _ = write!(s, "{:.2} ms per calibration token", 1e3 * collect / n_collect.max(1) as f64);
+    if probe.n_run > 0 {
+        let each = probe.seconds / probe.n_run as f64;
+        let _ = write!(s, "; {} measurements of {} tokens, {each:.2} s each", probe.n_run, probe.n_token());
+    }
+    s + "\n"
 }

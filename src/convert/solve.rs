@@ -1,10 +1,11 @@
 //! From moments to a nested basis per head group: eigenvectors of M^½ C M^½, C being the covariance of a side and M what
 //! an error costs. All in f64: the f32 eigensolver is off by 1e-4 at a thousand channels.
 
+use super::collect::Layer;
 use super::stats::{LayerShape, LayerStats};
 use super::weigh::HeadWeights;
 use crate::layout::SEGMENT;
-use crate::projection::{GroupFile, LayerFile, Side, SideFile};
+use crate::projection::{GroupFile, Side, SideFile};
 use crate::rope::{RopeKind, RopeParams};
 use anyhow::{bail, ensure, Context, Result};
 use faer::dyn_stack::{MemBuffer, MemStack};
@@ -24,8 +25,29 @@ const METRIC_FLOOR: f64 = 1e-4;
 /// Variance below this part of the largest is rounding error.
 const VARIANCE_FLOOR: f64 = 1e-12;
 
+/// What an error costs within a side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub enum Metric {
+    /// every channel the same
+    None,
+    /// keys: the queries, averaged over distances; values: the output projection
+    Query,
+    /// attention itself, see [`super::weigh`]
+    Attention,
+}
+
+/// How bases are found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Recipe {
+    pub metric: Metric,
+    /// Part of the covariance, 0 to 1, in which tokens count as much as their errors cost; in the rest, all the same.
+    pub importance: f64,
+    /// whether means are subtracted
+    pub mean: bool,
+}
+
 /// Eigenvalues, ascending, and eigenvectors in columns.
-fn eigen(a: MatRef<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
+pub fn eigen(a: MatRef<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
     let n = a.nrows();
     ensure!((0..n).all(|j| a.col(j).iter().all(|v| v.is_finite())), "its statistics are not finite");
     let (mut s, mut u) = (Diag::zeros(n), Mat::zeros(n, n));
@@ -36,7 +58,7 @@ fn eigen(a: MatRef<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
     Ok((s.column_vector().iter().copied().collect(), u))
 }
 
-fn product(a: MatRef<f64>, b: MatRef<f64>) -> Mat<f64> {
+pub fn product(a: MatRef<f64>, b: MatRef<f64>) -> Mat<f64> {
     let mut c = Mat::zeros(a.nrows(), b.ncols());
     matmul(c.as_mut(), Accum::Replace, a, b, 1.0, Par::Seq);
     c
@@ -190,19 +212,49 @@ fn decompose(covariance: MatRef<f64>, roots: &[[Mat<f64>; 2]]) -> Result<GroupFi
         }
         Ok(out)
     };
-    Ok(GroupFile { variance, enc: side(0)?, dec: side(1)? })
+    Ok(GroupFile { variance, enc: side(0)?, dec: side(1)?, bits: Vec::new() })
+}
+
+/// Center and second moments about it, per head group that was collected. `importance` as in [`Recipe`]; `center`: `None` for
+/// the mean.
+pub fn moments(stats: &LayerStats, side: Side, importance: f64, center: Option<Vec<f64>>) -> (Vec<f64>, Vec<Mat<f64>>) {
+    let (plain, weighted) = (stats.moments[side as usize].finish(), stats.attended[side as usize].finish());
+    let width = stats.moments[side as usize].group();
+    let share = |g: usize| if weighted.1[g].is_some() { importance } else { 0.0 };
+    let center = center.unwrap_or_else(|| {
+        (0..plain.0.len()).map(|c| { let s = share(c / width); (1.0 - s) * plain.0[c] + s * weighted.0[c] }).collect()
+    });
+    let group = |g: usize| {
+        let mut sum = Mat::zeros(width, width);
+        for (share, (mean, covariance)) in [(1.0 - share(g), &plain), (share(g), &weighted)] {
+            let (true, Some(covariance)) = (share > 0.0, &covariance[g]) else { continue };
+            let off = |i: usize| mean[g * width + i] - center[g * width + i];
+            sum += Mat::from_fn(width, width, |i, j| share * (covariance[(i, j)] + off(i) * off(j)));
+        }
+        sum
+    };
+    let groups = (0..plain.1.len()).map(group).collect();
+    (center, groups)
+}
+
+/// The block of group `g` of width `d`, out of blocks of a multiple of it.
+pub fn group_block(blocks: &[Mat<f64>], g: usize, d: usize) -> MatRef<'_, f64> {
+    let per_block = blocks[0].nrows() / d;
+    let at = g % per_block * d;
+    blocks[g / per_block].submatrix(at, at, d, d)
 }
 
 /// One side of a layer with all of its channels, weighted for equal relative error.
-fn side_file(shape: &LayerShape, side: Side, stats: &LayerStats, metric: &[Mat<f64>], group_size: usize) -> Result<SideFile> {
-    let (mean, covariance) = stats.moments[side as usize].finish();
+fn side_file(shape: &LayerShape, side: Side, stats: &LayerStats, metric: &[Mat<f64>], group_size: usize, recipe: &Recipe) -> Result<SideFile> {
+    let head_dim = shape.head_dim(side);
+    let zero = (!recipe.mean).then(|| vec![0.0; shape.width(side)]);
+    let (mean, covariance) = moments(stats, side, recipe.importance, zero);
     ensure!(mean.iter().all(|m| m.is_finite() && m.abs() <= f64::from(f32::MAX)), "its statistics are not finite");
     let roots = roots(metric)?;
-    let head_dim = shape.head_dim(side);
     let d = group_size * head_dim;
     let mut groups = Vec::new();
     for (g, roots) in roots.chunks(group_size).enumerate() {
-        groups.push(decompose(covariance.submatrix(g * d, g * d, d, d), roots)?);
+        groups.push(decompose(group_block(&covariance, g, d), roots)?);
     }
     let total: f64 = groups.iter().flat_map(|g| &g.variance).map(|&v| f64::from(v)).sum();
     ensure!(total.is_finite(), "its statistics are not finite");
@@ -210,28 +262,25 @@ fn side_file(shape: &LayerShape, side: Side, stats: &LayerStats, metric: &[Mat<f
         n_head_kv: shape.n_head_kv,
         head_dim,
         group_size,
-        weight: if total > 0.0 { 1.0 / total } else { 0.0 },
+        weight: vec![if total > 0.0 { 1.0 / total } else { 0.0 }],
         mean: mean.iter().map(|&m| m as f32).collect(),
         groups,
     })
 }
 
-/// One layer with all of its channels. `grams` as [`output_grams`] has them; `n_ctx` what the model was trained for.
-pub fn layer_file(
-    il: usize,
-    shape: &LayerShape,
-    stats: &LayerStats,
-    weights: &[HeadWeights],
-    grams: &[Mat<f64>],
-    n_ctx: usize,
-    group_size: usize,
-) -> Result<LayerFile> {
-    let key = key_metric(weights, &shape.rope, n_ctx);
-    let value = value_metric(grams, weights);
-    let side = |side: Side, metric: &[Mat<f64>]| {
-        side_file(shape, side, stats, metric, group_size).with_context(|| format!("layer {il}, {}", name(side)))
+/// One side of layer `il` with all of its channels; `n_ctx`: what the model was trained for.
+pub fn solve(il: usize, shape: &LayerShape, side: Side, layer: &Layer, n_ctx: usize, group_size: usize, recipe: &Recipe) -> Result<SideFile> {
+    let metric = match (recipe.metric, side) {
+        (Metric::None, _) => vec![Mat::identity(shape.head_dim(side), shape.head_dim(side)); shape.n_head_kv],
+        (Metric::Query, Side::Key) => layer.weights.iter().map(|w| over_distances(&w.plain(), &shape.rope, n_ctx)).collect(),
+        (Metric::Query, Side::Value) => {
+            let sum = |grams: &[Mat<f64>]| grams[1..].iter().fold(grams[0].clone(), |sum, g| sum + g);
+            layer.grams.chunks(layer.grams.len() / shape.n_head_kv).map(sum).collect()
+        }
+        (Metric::Attention, Side::Key) => key_metric(&layer.weights, &shape.rope, n_ctx),
+        (Metric::Attention, Side::Value) => value_metric(&layer.grams, &layer.weights),
     };
-    Ok(LayerFile { il, sides: [side(Side::Key, &key)?, side(Side::Value, &value)?] })
+    side_file(shape, side, &layer.stats, &metric, group_size, recipe).with_context(|| format!("layer {il}, {}", name(side)))
 }
 
 pub fn name(side: Side) -> &'static str {
@@ -241,17 +290,56 @@ pub fn name(side: Side) -> &'static str {
     }
 }
 
-/// KV heads per group: all of them for 0, else `asked` if it divides.
-pub fn group_size(asked: usize, il: usize, shape: &LayerShape) -> Result<usize> {
-    match asked {
-        0 => Ok(shape.n_head_kv),
-        n if shape.n_head_kv.is_multiple_of(n) => Ok(n),
-        n => bail!("--group-size {n} does not divide the {} KV heads of layer {il}", shape.n_head_kv),
+/// Widest head group that is made without being asked for. Rebuilding a token takes width times rank multiplications, a basis that
+/// many numbers, and a decomposition width cubed.
+const WIDEST_GROUP: usize = 1024;
+
+/// KV heads that share a latent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupSize {
+    /// as many as come to 1024 channels
+    Auto,
+    All,
+    Heads(usize),
+}
+
+impl std::str::FromStr for GroupSize {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "all" | "0" => Ok(Self::All),
+            _ => s.parse().map(Self::Heads).map_err(|_| "a group size is auto, all, or a number of KV heads".to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for GroupSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::All => f.write_str("all"),
+            Self::Heads(n) => write!(f, "{n}"),
+        }
+    }
+}
+
+impl GroupSize {
+    pub fn of(self, il: usize, shape: &LayerShape) -> Result<usize> {
+        let n = shape.n_head_kv;
+        let widest = shape.head_dim_k.max(shape.head_dim_v);
+        match self {
+            Self::All => Ok(n),
+            Self::Auto => Ok((1..=n).rev().find(|g| n.is_multiple_of(*g) && g * widest <= WIDEST_GROUP).unwrap_or(1)),
+            Self::Heads(g) if n.is_multiple_of(g) => Ok(g),
+            Self::Heads(g) => bail!("--group-size {g} does not divide the {n} KV heads of layer {il}"),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::stats::Scoring;
     use super::super::windows::Random;
     use super::*;
     use crate::rope::RopeKind;
@@ -362,7 +450,7 @@ mod tests {
 
     #[test]
     fn output_grams_and_their_roots() {
-        let shape = LayerShape { n_head: 4, n_head_kv: 2, head_dim_k: 4, head_dim_v: 3, rope: RopeParams::none() };
+        let shape = LayerShape { n_head: 4, n_head_kv: 2, head_dim_k: 4, head_dim_v: 3, rope: RopeParams::none(), scoring: Scoring::plain(4) };
         let mut random = Random(2);
         let (n_out, n_in) = (7, 12);
         let w: Vec<f32> = (0..n_out * n_in).map(|_| random.uniform() as f32 - 0.5).collect();
@@ -380,9 +468,12 @@ mod tests {
 
     #[test]
     fn group_sizes_divide() {
-        let shape = LayerShape { n_head: 12, n_head_kv: 6, head_dim_k: 4, head_dim_v: 4, rope: RopeParams::none() };
-        assert_eq!(group_size(0, 1, &shape).unwrap(), 6);
-        assert_eq!(group_size(3, 1, &shape).unwrap(), 3);
-        assert!(group_size(4, 1, &shape).unwrap_err().to_string().contains("6 KV heads of layer 1"));
+        let shape = LayerShape { n_head: 12, n_head_kv: 6, head_dim_k: 4, head_dim_v: 4, rope: RopeParams::none(), scoring: Scoring::plain(4) };
+        let of = |s: &str, head_dim_k: usize| s.parse::<GroupSize>().unwrap().of(1, &LayerShape { head_dim_k, ..shape.clone() });
+        assert_eq!(of("all", 4).unwrap(), 6);
+        assert_eq!(of("3", 4).unwrap(), 3);
+        assert!(of("4", 4).unwrap_err().to_string().contains("6 KV heads of layer 1"));
+        assert_eq!(["auto", "auto", "auto"].iter().zip([4, 256, 2000]).map(|(s, d)| of(s, d).unwrap()).collect::<Vec<_>>(), [6, 3, 1]);
+        assert!("many".parse::<GroupSize>().is_err());
     }
 }

@@ -4,7 +4,9 @@
 //! Work is split over the runtime's threads by rows of the moment matrices, in blocks of fixed size, so that every sum is
 //! formed in the same order whatever the number of threads.
 
+use super::windows::Random;
 use crate::codec::Codec;
+use crate::hash::xxh64;
 use crate::projection::{Side, SIDES};
 use crate::rope::{RopeKind, RopeParams};
 use anyhow::{bail, ensure, Result};
@@ -12,7 +14,8 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Rows of a moment matrix that one thread forms at a time.
@@ -47,6 +50,121 @@ pub struct LayerShape {
     pub head_dim_k: usize,
     pub head_dim_v: usize,
     pub rope: RopeParams,
+    pub scoring: Scoring,
+}
+
+/// How a layer's queries score cells; as `palu_tap_layer` has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scoring {
+    pub scale: f32,
+    /// 0: none
+    pub softcap: f32,
+    /// ALiBi; 0: none
+    pub max_bias: f32,
+    pub reach: Reach,
+    /// `[n_head]`, or empty
+    pub sinks: Vec<f32>,
+}
+
+impl Scoring {
+    /// softmax(q·k/√d), and nothing else.
+    pub fn plain(head_dim_k: usize) -> Self {
+        Self { scale: 1.0 / (head_dim_k as f32).sqrt(), softcap: 0.0, max_bias: 0.0, reach: Reach::All, sinks: Vec::new() }
+    }
+
+    /// ALiBi's slope of query head `h` of `n_head`, as `ggml_soft_max_ext()` has it.
+    fn slope(&self, h: usize, n_head: usize) -> f32 {
+        if self.max_bias <= 0.0 {
+            return 0.0;
+        }
+        let n = 1usize << n_head.max(1).ilog2();
+        let base = |bias: f32| 2f32.powf(-bias / n as f32);
+        if h < n {
+            base(self.max_bias).powi(h as i32 + 1)
+        } else {
+            base(self.max_bias / 2.0).powi(2 * (h - n) as i32 + 1)
+        }
+    }
+
+    /// Score of a cell `distance` before the query of head `h`, from their product.
+    pub fn score(&self, product: f32, h: usize, n_head: usize, distance: usize) -> f32 {
+        let mut score = self.scale * product;
+        if self.softcap > 0.0 {
+            score = self.softcap * (score / self.softcap).tanh();
+        }
+        score - self.slope(h, n_head) * distance as f32
+    }
+
+    /// What an error of the product does to the score: its derivative over that of a layer without a cap.
+    pub fn passed(&self, product: f32) -> f32 {
+        if self.softcap > 0.0 {
+            1.0 - (self.scale * product / self.softcap).tanh().powi(2)
+        } else {
+            1.0
+        }
+    }
+}
+
+/// The first cell that a query sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    All,
+    /// this many cells, its own included
+    Last(usize),
+    /// from the last multiple of this position on
+    Chunk(usize),
+    /// this many cells before it
+    Before(usize),
+}
+
+impl Reach {
+    pub fn first(self, pos: usize) -> usize {
+        match self {
+            Self::All => 0,
+            Self::Last(n) => (pos + 1).saturating_sub(n),
+            Self::Chunk(n) => pos / n * n,
+            Self::Before(n) => pos.saturating_sub(n),
+        }
+    }
+}
+
+/// `palu_tap_layer.read`
+pub type ReadFn = unsafe extern "C" fn(*const c_void, *mut f32, usize) -> i64;
+
+/// The matrices that keys and values come from, as the runtime keeps them.
+#[derive(Clone, Copy)]
+pub struct Projections {
+    /// by side; null where there is no such matrix
+    pub matrix: [*const c_void; 2],
+    pub bias: [*const c_void; 2],
+    pub read: Option<ReadFn>,
+}
+
+// SAFETY: the handles are only given back to the runtime, from the thread that runs it
+unsafe impl Send for Projections {}
+unsafe impl Sync for Projections {}
+
+impl Projections {
+    pub const NONE: Self = Self { matrix: [std::ptr::null(); 2], bias: [std::ptr::null(); 2], read: None };
+
+    fn read(&self, handle: *const c_void) -> Result<Option<Vec<f32>>> {
+        let (false, Some(read)) = (handle.is_null(), self.read) else { return Ok(None) };
+        // SAFETY: a capacity of 0 only asks for the size
+        let n = usize::try_from(unsafe { read(handle, std::ptr::null_mut(), 0) });
+        let Ok(n) = n else { bail!("the runtime cannot read a projection") };
+        let mut out = vec![0f32; n];
+        // SAFETY: the buffer has the capacity given
+        ensure!(unsafe { read(handle, out.as_mut_ptr(), n) } == n as i64, "the runtime cannot read a projection");
+        Ok(Some(out))
+    }
+
+    /// `[width][n_in]` and the bias `[width]` (zeros for none) of a side, or `None` where it is not one matrix.
+    pub fn of(&self, side: Side, width: usize) -> Result<Option<(Vec<f32>, Vec<f32>)>> {
+        let Some(matrix) = self.read(self.matrix[side as usize])? else { return Ok(None) };
+        let bias = self.read(self.bias[side as usize])?.unwrap_or_else(|| vec![0.0; width]);
+        ensure!(!matrix.is_empty() && matrix.len() % width == 0 && bias.len() == width, "the runtime's projection has another shape");
+        Ok(Some((matrix, bias)))
+    }
 }
 
 impl LayerShape {
@@ -130,54 +248,63 @@ thread_local! {
     static SCRATCH: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
-/// Adds `xᵀ x` of rows `rows` and columns `0..width` to `sum` `[rows][width]`, by way of f32 products `scratch`.
-pub fn add_products(x: &[f32], d: usize, rows: std::ops::Range<usize>, width: usize, sum: &mut [f64], scratch: &mut Vec<f32>) {
+/// Adds `xᵀ x` of rows `rows` and columns `columns` to `sum` `[rows][columns]`, by way of f32 products `scratch`.
+pub fn add_products(x: &[f32], d: usize, rows: Range<usize>, columns: Range<usize>, sum: &mut [f64], scratch: &mut Vec<f32>) {
     let x = MatRef::from_row_major_slice(x, x.len() / d, d);
-    scratch.resize(rows.len() * width, 0.0);
-    let product = MatMut::from_row_major_slice_mut(scratch, rows.len(), width);
-    matmul(product, Accum::Replace, x.subcols(rows.start, rows.len()).transpose(), x.subcols(0, width), 1.0f32, Par::Seq);
+    scratch.resize(rows.len() * columns.len(), 0.0);
+    let product = MatMut::from_row_major_slice_mut(scratch, rows.len(), columns.len());
+    let (left, right) = (x.subcols(rows.start, rows.len()).transpose(), x.subcols(columns.start, columns.len()));
+    matmul(product, Accum::Replace, left, right, 1.0f32, Par::Seq);
     for (s, &p) in sum.iter_mut().zip(scratch.iter()) {
         *s += f64::from(p);
     }
 }
 
-/// Rows `row0..` of the lower triangle of a second moment.
+/// Some rows of the lower triangle of a head group's second moment.
+#[derive(Clone, Debug, PartialEq)]
 struct Block {
+    /// first channel of the group
+    col0: usize,
+    /// first channel of the rows
     row0: usize,
     /// `[rows]`
     sum: Vec<f64>,
-    /// `[rows][row0 + rows]`
+    /// `[rows][row0 + rows - col0]`
     product: Vec<f64>,
 }
 
-/// First and second moments of a side's channels, less a provisional mean: keys of some models have biases hundreds of
-/// times their deviation, and the second moment around zero would leave nothing of the deviation in f32.
+/// First and second moments of a side's channels within head groups, less a provisional mean: keys of some models have biases
+/// hundreds of times their deviation, and the second moment around zero would leave nothing of the deviation in f32.
 pub struct Moments {
     d: usize,
-    n_token: AtomicU64,
+    /// channels of a head group
+    group: usize,
+    /// sum of the tokens' weights, per group
+    total: Mutex<Vec<f64>>,
     shift: OnceLock<Vec<f32>>,
     /// each has one owner per call, so its lock is never waited for
     blocks: Vec<Mutex<Block>>,
 }
 
 impl Moments {
-    pub fn new(d: usize) -> Self {
-        let block = |row0: usize| {
-            let rows = BLOCK_ROWS.min(d - row0);
-            Mutex::new(Block { row0, sum: vec![0.0; rows], product: vec![0.0; rows * (row0 + rows)] })
+    pub fn new(d: usize, group: usize) -> Self {
+        let block = |col0: usize, row0: usize| {
+            let rows = BLOCK_ROWS.min(col0 + group - row0);
+            Mutex::new(Block { col0, row0, sum: vec![0.0; rows], product: vec![0.0; rows * (row0 + rows - col0)] })
         };
-        Self { d, n_token: AtomicU64::new(0), shift: OnceLock::new(), blocks: (0..d).step_by(BLOCK_ROWS).map(block).collect() }
+        let blocks = (0..d).step_by(group).flat_map(|c| (c..c + group).step_by(BLOCK_ROWS).map(move |r| block(c, r))).collect();
+        Self { d, group, total: Mutex::new(vec![0.0; d / group]), shift: OnceLock::new(), blocks }
     }
 
     /// Bytes that [`Moments::new`] takes.
-    pub fn bytes(d: usize) -> usize {
-        8 * (d * (d + BLOCK_ROWS) / 2 + d)
+    pub fn bytes(d: usize, group: usize) -> usize {
+        8 * d.div_ceil(group) * (group * (group + BLOCK_ROWS) / 2 + group)
     }
 
-    /// Adds `fill`'s tokens `[n_token][d]`.
+    /// Adds `fill`'s tokens `[n_token][d]`, all of the same weight.
     fn add(&self, n_token: usize, ith: usize, nth: usize, fill: impl Fn(&mut Vec<f32>)) {
         if ith == 0 {
-            self.n_token.fetch_add(n_token as u64, Relaxed);
+            lock(&self.total).iter_mut().for_each(|t| *t += n_token as f64);
         }
         if ith >= self.blocks.len() {
             return;
@@ -196,41 +323,87 @@ impl Moments {
             }
             for block in self.blocks.iter().skip(ith).step_by(nth) {
                 let block = &mut *lock(block);
-                let rows = block.row0..block.row0 + block.sum.len();
+                let (rows, width) = (block.row0..block.row0 + block.sum.len(), block.row0 + block.sum.len() - block.col0);
                 for token in x.chunks_exact(self.d) {
                     for (s, &x) in block.sum.iter_mut().zip(&token[rows.clone()]) {
                         *s += f64::from(x);
                     }
                 }
-                let width = rows.end;
-                add_products(x, self.d, rows, width, &mut block.product, scratch);
+                add_products(x, self.d, rows, block.col0..block.col0 + width, &mut block.product, scratch);
             }
         });
     }
 
-    pub fn n_token(&self) -> u64 {
-        self.n_token.load(Relaxed)
+    /// Adds tokens `x` `[n_token][d]`, less `shift`, of which group `g` has weights `weights` `[n_token]`.
+    pub fn add_weighted(&self, g: usize, x: &[f32], shift: &[f32], weights: &[f32]) {
+        let shift = self.shift.get_or_init(|| shift.to_vec());
+        let channels = g * self.group..(g + 1) * self.group;
+        lock(&self.total)[g] += weights.iter().map(|&w| f64::from(w)).sum::<f64>();
+        let (mut rows, mut roots, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
+        for (token, &w) in x.chunks_exact(self.d).zip(weights).filter(|(_, &w)| w > 0.0) {
+            let root = w.sqrt();
+            roots.push(root);
+            rows.extend(token[channels.clone()].iter().zip(&shift[channels.clone()]).map(|(x, s)| root * (x - s)));
+        }
+        if roots.is_empty() {
+            return;
+        }
+        for block in self.blocks.iter().filter(|b| lock(b).col0 == channels.start) {
+            let block = &mut *lock(block);
+            let row0 = block.row0 - block.col0;
+            let local = row0..row0 + block.sum.len();
+            for (token, &root) in rows.chunks_exact(self.group).zip(&roots) {
+                for (s, &x) in block.sum.iter_mut().zip(&token[local.clone()]) {
+                    *s += f64::from(root * x);
+                }
+            }
+            add_products(&rows, self.group, local.clone(), 0..local.end, &mut block.product, &mut scratch);
+        }
+    }
+
+    /// Groups.
+    pub fn n_group(&self) -> usize {
+        self.d / self.group
+    }
+
+    /// Channels of a head group.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// What all sums are less, once there is any.
+    pub fn shift(&self) -> Option<&[f32]> {
+        self.shift.get().map(Vec::as_slice)
+    }
+
+    /// Whether anything was added.
+    pub fn is_empty(&self) -> bool {
+        lock(&self.total).iter().all(|&t| t == 0.0)
     }
 
     pub fn is_finite(&self) -> bool {
         self.blocks.iter().all(|b| lock(b).sum.iter().all(|s| s.is_finite()))
     }
 
-    /// Mean `[d]` and covariance `[d][d]`.
-    pub fn finish(&self) -> (Vec<f64>, Mat<f64>) {
-        let n = self.n_token().max(1) as f64;
+    /// Mean `[d]`, and covariance `[group][group]` of each group; `None` for a group without weight.
+    pub fn finish(&self) -> (Vec<f64>, Vec<Option<Mat<f64>>>) {
+        let total = lock(&self.total).clone();
         let mut offset = Vec::with_capacity(self.d);
         for block in &self.blocks {
-            offset.extend(lock(block).sum.iter().map(|s| s / n));
+            let block = lock(block);
+            let n = total[block.col0 / self.group];
+            offset.extend(block.sum.iter().map(|s| if n > 0.0 { s / n } else { 0.0 }));
         }
-        let mut covariance = Mat::zeros(self.d, self.d);
+        let mut covariance: Vec<_> = total.iter().map(|&n| (n > 0.0).then(|| Mat::zeros(self.group, self.group))).collect();
         for block in &self.blocks {
             let block = lock(block);
-            let width = block.row0 + block.sum.len();
+            let Some(covariance) = &mut covariance[block.col0 / self.group] else { continue };
+            let n = total[block.col0 / self.group];
+            let width = block.row0 + block.sum.len() - block.col0;
             for (r, row) in block.product.chunks_exact(width).enumerate() {
-                let i = block.row0 + r;
+                let i = block.row0 - block.col0 + r;
                 for j in 0..=i {
-                    let c = row[j] / n - offset[i] * offset[j];
+                    let c = row[j] / n - offset[block.col0 + i] * offset[block.col0 + j];
                     covariance[(i, j)] = c;
                     covariance[(j, i)] = c;
                 }
@@ -244,28 +417,85 @@ impl Moments {
         }
         (mean, covariance)
     }
+
+    /// All sums, for a checkpoint.
+    fn save(&self, out: &mut Vec<f64>) {
+        out.extend(lock(&self.total).iter());
+        let shift = self.shift.get();
+        out.push(f64::from(u8::from(shift.is_some())));
+        out.extend((0..self.d).map(|c| shift.map_or(0.0, |s| f64::from(s[c]))));
+        for block in &self.blocks {
+            let block = lock(block);
+            out.extend(block.sum.iter().chain(&block.product));
+        }
+    }
+
+    fn n_float(&self) -> usize {
+        let blocks = self.blocks.iter().map(|b| { let b = lock(b); b.sum.len() + b.product.len() });
+        self.n_group() + 1 + self.d + blocks.sum::<usize>()
+    }
+
+    /// Sets what [`Moments::save`] wrote; `None` if there is too little of it.
+    fn restore(&mut self, from: &mut &[f64]) -> Option<()> {
+        let mut take = |n: usize| {
+            let (head, tail) = from.split_at_checked(n)?;
+            *from = tail;
+            Some(head)
+        };
+        *lock(&self.total) = take(self.d / self.group)?.to_vec();
+        let has_shift = take(1)?[0] != 0.0;
+        let shift: Vec<f32> = take(self.d)?.iter().map(|&s| s as f32).collect();
+        self.shift = if has_shift { OnceLock::from(shift) } else { OnceLock::new() };
+        for block in &self.blocks {
+            let Block { sum, product, .. } = &mut *lock(block);
+            for values in [sum, product] {
+                let saved = take(values.len())?;
+                values.copy_from_slice(saved);
+            }
+        }
+        Some(())
+    }
 }
 
 /// Everything collected in one layer.
 pub struct LayerStats {
-    /// [key, value]
+    /// [key, value]: every token the same
     pub moments: [Moments; 2],
+    /// [key, value]: every token as much as its errors cost
+    pub attended: [Moments; 2],
     /// written by one thread
     window: Mutex<Window>,
 }
 
 impl LayerStats {
-    /// `sample`: every how many positions a query is looked at.
-    pub fn new(shape: &LayerShape, sample: usize) -> Self {
-        Self {
-            moments: SIDES.map(|s| Moments::new(shape.width(s))),
-            window: Mutex::new(Window::new(sample)),
-        }
+    /// `group_size`: heads whose channels are looked at together; `sample`: every how many positions a query is looked at.
+    pub fn new(shape: &LayerShape, group_size: usize, sample: usize) -> Self {
+        let moments = || SIDES.map(|s| Moments::new(shape.width(s), group_size * shape.head_dim(s)));
+        Self { moments: moments(), attended: moments(), window: Mutex::new(Window::new(sample)) }
     }
 
-    pub fn bytes(shape: &LayerShape, n_window: usize) -> usize {
-        let sides = |s| Moments::bytes(shape.width(s)) + 4 * n_window * shape.width(s);
-        SIDES.into_iter().map(sides).sum()
+    pub fn bytes(shape: &LayerShape, group_size: usize, n_window: usize) -> usize {
+        let side = |s| 2 * Moments::bytes(shape.width(s), group_size * shape.head_dim(s)) + 4 * n_window * shape.width(s);
+        SIDES.into_iter().map(side).sum()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Moments> {
+        self.moments.iter().chain(&self.attended)
+    }
+
+    /// All sums, for a checkpoint.
+    pub fn save(&self, out: &mut Vec<f64>) {
+        self.all().for_each(|m| m.save(out));
+    }
+
+    /// How many [`LayerStats::save`] writes.
+    pub fn n_float(&self) -> usize {
+        self.all().map(Moments::n_float).sum()
+    }
+
+    /// Sets what [`LayerStats::save`] wrote; `None` if there is too little of it.
+    pub fn restore(&mut self, from: &mut &[f64]) -> Option<()> {
+        self.moments.iter_mut().chain(&mut self.attended).try_for_each(|m| m.restore(from))
     }
 }
 
@@ -287,6 +517,13 @@ impl Window {
     fn new(sample: usize) -> Self {
         Self { sample, keys: Vec::new(), values: Vec::new(), queries: Vec::new(), positions: Vec::new() }
     }
+
+    pub fn side(&self, side: Side) -> &[f32] {
+        match side {
+            Side::Key => &self.keys,
+            Side::Value => &self.values,
+        }
+    }
 }
 
 /// What the tap does with what it sees.
@@ -295,12 +532,62 @@ pub enum Mode {
     Pass,
     /// the same, and accumulates moments of these layers
     Collect(BTreeMap<usize, LayerStats>),
-    /// sends these sides of these layers through the codec
-    Compress(BTreeMap<(usize, Side), Codec>),
+    /// changes these sides of these layers
+    Compress(BTreeMap<(usize, Side), Change>),
+}
+
+/// What becomes of a side's tokens.
+pub enum Change {
+    /// stored as a row and read back
+    Codec(Codec),
+    /// the same, but of the error only some channels' part: `[d][d]` row-major per head group, or `None` for no error
+    Part(Codec, Vec<Option<Vec<f32>>>),
+    /// independent Gaussian errors
+    Noise { deviation: f32, seed: u64 },
+}
+
+impl Change {
+    /// Changes tokens `x` `[n_token][d]`, of which the first is token `first` of the batch, to `out`.
+    fn apply(&self, x: &[f32], d: usize, first: usize, out: &mut [f32]) {
+        match self {
+            Self::Codec(codec) => through(codec, x, out),
+            Self::Part(codec, parts) => {
+                through(codec, x, out);
+                let width = d / parts.len();
+                let error: Vec<f32> = out.iter().zip(x).map(|(o, x)| o - x).collect();
+                out.copy_from_slice(x);
+                let n_token = x.len() / d;
+                for (g, part) in parts.iter().enumerate().filter_map(|(g, p)| Some((g, p.as_ref()?))) {
+                    let error = MatRef::from_row_major_slice(&error, n_token, d).subcols(g * width, width);
+                    let part = MatRef::from_row_major_slice(part, width, width);
+                    let out = MatMut::from_row_major_slice_mut(out, n_token, d).subcols_mut(g * width, width);
+                    matmul(out, Accum::Add, error, part.transpose(), 1.0f32, Par::Seq);
+                }
+            }
+            Self::Noise { deviation, seed } => {
+                for (t, (x, out)) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
+                    // by place and content, so that the number of threads changes nothing and equal tokens get different errors
+                    let place = seed ^ (first + t) as u64;
+                    let mut random = Random(x.iter().fold(place, |h, v| xxh64(&v.to_le_bytes(), h)));
+                    for (x, out) in x.iter().zip(out) {
+                        *out = x + deviation * random.gaussian();
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn through(codec: &Codec, x: &[f32], out: &mut [f32]) {
+    let n_token = x.len() / (codec.n_head_kv * codec.head_dim);
+    let mut rows = vec![0; n_token * codec.row_bytes];
+    codec.encode_rows(x, &mut rows);
+    codec.decode_rows(&rows, out);
 }
 
 struct State {
     layers: BTreeMap<usize, (LayerShape, Arc<RopeTable>)>,
+    projections: BTreeMap<usize, Projections>,
     mode: Mode,
 }
 
@@ -318,7 +605,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Tap {
     pub fn new(n_pos: usize) -> Self {
-        Self { n_pos, state: RwLock::new(State { layers: BTreeMap::new(), mode: Mode::Pass }), error: Mutex::new(None) }
+        Self { n_pos, state: RwLock::new(State { layers: BTreeMap::new(), projections: BTreeMap::new(), mode: Mode::Pass }), error: Mutex::new(None) }
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -330,16 +617,8 @@ impl Tap {
     }
 
     /// `palu_tap_describe`
-    pub fn describe(
-        &self,
-        il: usize,
-        n_head: usize,
-        n_head_kv: usize,
-        head_dim_k: usize,
-        head_dim_v: usize,
-        rope: RopeParams,
-    ) -> Result<()> {
-        let result = self.describe_checked(il, LayerShape { n_head, n_head_kv, head_dim_k, head_dim_v, rope });
+    pub fn describe(&self, il: usize, shape: LayerShape, projections: Projections) -> Result<()> {
+        let result = self.describe_checked(il, shape, projections);
         self.keep_error(&result);
         result
     }
@@ -350,13 +629,20 @@ impl Tap {
         }
     }
 
-    fn describe_checked(&self, il: usize, shape: LayerShape) -> Result<()> {
-        let LayerShape { n_head, n_head_kv, head_dim_k, head_dim_v, ref rope } = shape;
+    fn describe_checked(&self, il: usize, shape: LayerShape, projections: Projections) -> Result<()> {
+        let LayerShape { n_head, n_head_kv, head_dim_k, head_dim_v, ref rope, ref scoring } = shape;
         ensure!(
             n_head_kv > 0 && head_dim_k > 0 && head_dim_v > 0 && n_head >= n_head_kv && n_head.is_multiple_of(n_head_kv),
             "layer {il}: {n_head} query heads over {n_head_kv} KV heads of {head_dim_k} and {head_dim_v} dimensions"
         );
         rope.check(head_dim_k)?;
+        let Scoring { scale, softcap, max_bias, reach, ref sinks } = *scoring;
+        ensure!(
+            scale.is_finite() && softcap.is_finite() && max_bias.is_finite(),
+            "layer {il}: scores are scaled by {scale}, capped at {softcap} and biased by {max_bias}"
+        );
+        ensure!(!matches!(reach, Reach::Last(0) | Reach::Chunk(0)), "layer {il}: a window of no token");
+        ensure!(sinks.is_empty() || sinks.len() == n_head, "layer {il}: {} sinks for {n_head} heads", sinks.len());
         let mut state = self.write();
         if let Some((known, _)) = state.layers.get(&il) {
             ensure!(*known == shape, "layer {il} was described in two ways");
@@ -365,6 +651,7 @@ impl Tap {
         let known = state.layers.values().find(|(s, _)| s.rope == shape.rope).map(|(_, t)| t.clone());
         let table = known.unwrap_or_else(|| Arc::new(RopeTable::new(&shape.rope, self.n_pos)));
         state.layers.insert(il, (shape, table));
+        state.projections.insert(il, projections);
         Ok(())
     }
 
@@ -374,16 +661,26 @@ impl Tap {
         state.layers[&il].clone()
     }
 
+    pub fn projections(&self, il: usize) -> Projections {
+        self.read().projections.get(&il).copied().unwrap_or(Projections::NONE)
+    }
+
     /// Takes what the last window left, layer after layer.
     pub fn take_windows(&self) -> Vec<Window> {
-        let state = self.read();
-        let Mode::Collect(layers) = &state.mode else { return Vec::new() };
         let take = |l: &LayerStats| {
             let mut window = lock(&l.window);
             let fresh = Window::new(window.sample);
             std::mem::replace(&mut *window, fresh)
         };
-        layers.values().map(take).collect()
+        self.with_collected(|layers| layers.values().map(take).collect())
+    }
+
+    /// Looks at what is being collected.
+    pub fn with_collected<T: Default>(&self, look: impl FnOnce(&BTreeMap<usize, LayerStats>) -> T) -> T {
+        match &self.read().mode {
+            Mode::Collect(layers) => look(layers),
+            _ => T::default(),
+        }
     }
 
     pub fn layers(&self) -> BTreeMap<usize, LayerShape> {
@@ -399,16 +696,10 @@ impl Tap {
 
     /// The first layer of those being collected whose sums are not finite.
     pub fn find_non_finite(&self) -> Option<(usize, Side)> {
-        let state = self.read();
-        let Mode::Collect(layers) = &state.mode else { return None };
-        for (&il, stats) in layers {
-            for side in SIDES {
-                if !stats.moments[side as usize].is_finite() {
-                    return Some((il, side));
-                }
-            }
-        }
-        None
+        self.with_collected(|layers| {
+            let sides = layers.iter().flat_map(|(&il, stats)| SIDES.map(|side| (il, side, stats)));
+            sides.into_iter().find(|(_, side, stats)| !stats.moments[*side as usize].is_finite()).map(|(il, side, _)| (il, side))
+        })
     }
 
     /// The first error since the last call, if any: the runtime only learns that there was one.
@@ -453,12 +744,7 @@ impl Tap {
             share.clone().for_each(|t| append(tokens, t));
             let out = std::slice::from_raw_parts_mut(p.out.add(share.start * width), share.len() * width);
             match &state.mode {
-                Mode::Compress(sides) if sides.contains_key(&(il, side)) => {
-                    let codec = &sides[&(il, side)];
-                    let mut rows = vec![0; share.len() * codec.row_bytes];
-                    codec.encode_rows(tokens, &mut rows);
-                    codec.decode_rows(&rows, out);
-                }
+                Mode::Compress(sides) if sides.contains_key(&(il, side)) => sides[&(il, side)].apply(tokens, width, share.start, out),
                 _ => out.copy_from_slice(tokens),
             }
         });
@@ -501,15 +787,15 @@ mod tests {
 
     fn shape() -> LayerShape {
         let rope = RopeParams { kind: RopeKind::Neox, n_rot: 16, attn_factor: 1.25, ..RopeParams::none() };
-        LayerShape { n_head: 6, n_head_kv: 3, head_dim_k: 24, head_dim_v: 30, rope }
+        LayerShape { n_head: 6, n_head_kv: 3, head_dim_k: 24, head_dim_v: 30, rope, scoring: Scoring::plain(24) }
     }
 
     /// Runs keys and values of a window in a few blocks through a collecting tap; returns it with what went in.
     fn collect(nth: usize) -> (LayerStats, Vec<f32>, Vec<f32>) {
         let shape = shape();
         let tap = Tap::new(32);
-        tap.describe(4, shape.n_head, shape.n_head_kv, shape.head_dim_k, shape.head_dim_v, shape.rope.clone()).unwrap();
-        tap.replace_mode(Mode::Collect(BTreeMap::from([(4, LayerStats::new(&shape, 4))])));
+        tap.describe(4, shape.clone(), Projections::NONE).unwrap();
+        tap.replace_mode(Mode::Collect(BTreeMap::from([(4, LayerStats::new(&shape, shape.n_head_kv, 4))])));
         let mut random = Random(1);
         let mut value = |bias: f32| bias + random.uniform() as f32 - 0.5;
         let (dk, dv, dq) = (shape.width(Side::Key), shape.width(Side::Value), shape.n_head * shape.head_dim_k);
@@ -552,9 +838,10 @@ mod tests {
         let shape = shape();
         let d = shape.width(Side::Key);
         let n = k.len() / d;
-        assert_eq!(stats.moments[0].n_token(), n as u64);
+        assert_eq!(*lock(&stats.moments[0].total), [n as f64]);
         let mean: Vec<f64> = (0..d).map(|c| k.iter().skip(c).step_by(d).map(|&v| f64::from(v)).sum::<f64>() / n as f64).collect();
         let (got_mean, got) = stats.moments[0].finish();
+        let got = got[0].as_ref().unwrap();
         for i in 0..d {
             assert!((got_mean[i] - mean[i]).abs() < 1e-5 * (1.0 + mean[i].abs()));
             for j in 0..d {
@@ -621,9 +908,31 @@ mod tests {
         assert!(unsafe { tap.run(&params, 0, 1) }.is_err());
         assert_eq!(tap.take_error().as_deref(), Some("layer 3 was not described"));
         assert_eq!(tap.take_error(), None);
-        assert!(tap.describe(0, 5, 2, 64, 64, RopeParams::none()).is_err(), "heads that do not divide");
+        let shape = |n_head, head_dim_k| LayerShape {
+            n_head,
+            n_head_kv: 2,
+            head_dim_k,
+            head_dim_v: 64,
+            rope: RopeParams::none(),
+            scoring: Scoring::plain(64),
+        };
+        assert!(tap.describe(0, shape(5, 64), Projections::NONE).is_err(), "heads that do not divide");
         assert!(tap.take_error().is_some());
-        tap.describe(0, 4, 2, 64, 64, RopeParams::none()).unwrap();
-        assert!(tap.describe(0, 4, 2, 32, 64, RopeParams::none()).is_err(), "two descriptions");
+        let mut bad = shape(4, 64);
+        bad.scoring.sinks = vec![0.0; 3];
+        assert!(tap.describe(0, bad, Projections::NONE).is_err(), "sinks of other heads");
+        tap.describe(0, shape(4, 64), Projections::NONE).unwrap();
+        assert!(tap.describe(0, shape(4, 32), Projections::NONE).is_err(), "two descriptions");
+    }
+
+    /// As `llama_hparams::is_masked_swa()` and `ggml_soft_max_ext()` say.
+    #[test]
+    fn windows_and_slopes() {
+        assert_eq!([Reach::All, Reach::Last(4), Reach::Chunk(4), Reach::Before(4)].map(|r| r.first(10)), [0, 7, 8, 6]);
+        assert_eq!([Reach::Last(4), Reach::Before(4)].map(|r| r.first(2)), [0, 0]);
+        let scoring = Scoring { max_bias: 8.0, ..Scoring::plain(16) };
+        let bias = |h| scoring.score(0.0, h, 12, 3);
+        assert!((bias(0) + 3.0 * 0.5).abs() < 1e-6 && (bias(7) + 3.0 / 256.0).abs() < 1e-6);
+        assert!((bias(8) + 3.0 * 0.5f32.sqrt()).abs() < 1e-6, "the heads above the power of two lie between the others");
     }
 }

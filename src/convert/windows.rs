@@ -26,6 +26,11 @@ impl Windows {
     pub fn n_token(&self) -> usize {
         self.collect.iter().map(Vec::len).sum()
     }
+
+    /// Tokens of the longest window that is collected from.
+    pub fn longest(&self) -> usize {
+        self.collect.iter().map(Vec::len).max().unwrap_or(0)
+    }
 }
 
 /// Reads a calibration text; refuses what cannot be one.
@@ -119,6 +124,12 @@ impl Random {
     /// In [0, 1).
     pub fn uniform(&mut self) -> f64 {
         (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Of mean 0 and deviation 1 (Box and Muller 1958).
+    pub fn gaussian(&mut self) -> f32 {
+        let radius = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();
+        (radius * (std::f64::consts::TAU * self.uniform()).cos()) as f32
     }
 
     /// An index drawn with the probabilities softmax(logits).
