@@ -3,13 +3,14 @@
 # make llama   the patched llama.cpp, in build/llama.cpp/bin/
 # make cuda    nvcc from Python wheels, where there is no CUDA toolkit: the kernels are compiled, if not run
 # make bench   criterion and llama-bench
+# make bench-cuda  llama-bench on an NVIDIA GPU (LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON make llama first; needs numpy)
 # make docs    regenerates the measured and generated parts of docs/
 
 CARGO ?= cargo
 PYTHON ?= python3
 LIB := target/release/libpalu.a
 
-.PHONY: all lib cuda llama demo test bench docs clean
+.PHONY: all lib cuda llama demo test bench bench-cuda docs clean
 
 all: llama
 
@@ -33,6 +34,10 @@ test: cuda
 bench: llama
 	$(CARGO) bench
 	$(PYTHON) scripts/bench.py
+
+bench-cuda:
+	$(CARGO) build --release --example random_projection
+	$(PYTHON) scripts/bench_cuda.py
 
 docs: llama
 	PALU_WRITE_DOCS=1 $(CARGO) test --release --test architectures

@@ -8,12 +8,14 @@ Everything lands under build/ (PALU_BUILD overrides):
   llama.cpp-src/   the source with the patches applied
   llama.cpp/       the CMake build; programs in llama.cpp/bin
 
-LLAMA_CPP_DIR in the environment names a checkout of the pinned version to copy instead of downloading one.
+In the environment, LLAMA_CPP_DIR names a checkout of the pinned version to copy instead of downloading one, and
+LLAMA_CMAKE_ARGS holds more arguments for CMake, as in LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON.
 """
 import filecmp
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -177,7 +179,7 @@ def build(targets):
         f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_CXX_FLAGS={flags}",
         f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ROOT / 'tests' / 'llama' / 'steps.cmake'}",
         f"-DLLAMA_PALU_INCLUDE={ROOT / 'include'}", f"-DLLAMA_PALU_LIB={library}",
-        env=env, stdout=subprocess.DEVNULL)
+        *shlex.split(os.environ.get("LLAMA_CMAKE_ARGS", "")), env=env, stdout=subprocess.DEVNULL)
     # ninja prints its own progress line
     run("ninja", "-C", BINARY, *targets, env=env)
 
