@@ -100,7 +100,7 @@ impl Default for Case {
             rope: rope(RopeKind::Norm, 128),
             n_token: 1,
             n_stream: 1,
-            n_kv: 1000,
+            n_kv: 500,
             mask_f16: true,
             far: false,
             sinks: false,
@@ -117,7 +117,7 @@ fn cases() -> Vec<Case> {
     vec![
         Case::default(),
         Case { n_kv: 2000, far: true, ..Case::default() },
-        Case { n_token: 3, n_stream: 2, n_kv: 517, ..Case::default() },
+        Case { n_token: 3, n_stream: 2, n_kv: 317, ..Case::default() },
         Case { n_token: 17, mask_f16: false, sinks: true, ..Case::default() },
         mha.clone(),
         Case { n_stream: 3, n_kv: 300, sinks: true, softcap: 20.0, ..mha.clone() },
@@ -133,7 +133,7 @@ fn cases() -> Vec<Case> {
         Case { dim_k: 96, dim_v: 64, n_head: 12, n_head_kv: 4, group_k: 4, group_v: 4, rope: rope(RopeKind::Neox, 48), ..mha.clone() },
         // nothing kept in some groups
         Case { bits_k: vec![4], bits_v: vec![5, 3], group_k: 2, group_v: 2, ..small.clone() },
-        Case { n_kv: 3000, bits_k: falling(60, 6, 2), bits_v: falling(90, 6, 2), ..Case::default() },
+        Case { n_kv: 1500, bits_k: falling(60, 6, 2), bits_v: falling(90, 6, 2), ..Case::default() },
     ]
 }
 
@@ -178,7 +178,7 @@ impl Case {
     fn positions(&self) -> Vec<i32> {
         let first = if self.far { 120_000 } else { 0 };
         // a shift in the middle, as after a part of a conversation was removed
-        (0..self.n_stream * self.n_kv).map(|i| first + (i % self.n_kv) as i32 + if self.far && i % self.n_kv > 700 { 41 } else { 0 }).collect()
+        (0..self.n_stream * self.n_kv).map(|i| first + (i % self.n_kv) as i32 + if self.far && i % self.n_kv > 400 { 41 } else { 0 }).collect()
     }
 }
 
