@@ -632,6 +632,16 @@ static void bench_case(Case c, const std::vector<int> & sizes) {
         CHECK(cudaEventSynchronize(e[2]));
         float total;
         CHECK(cudaEventElapsedTime(&total, e[0], e[2]));
+        // the combine alone
+        CHECK(cudaEventRecord(e[0]));
+        for (int i = 0; i < n_rep; i++) {
+            launch(fast.combine, p);
+        }
+        CHECK(cudaEventRecord(e[2]));
+        CHECK(cudaEventSynchronize(e[2]));
+        float combine_us;
+        CHECK(cudaEventElapsedTime(&combine_us, e[0], e[2]));
+        combine_us *= 1000.0f/n_rep;
         std::sort(all.begin(), all.end());
         std::sort(one.begin(), one.end());
         // against the general kernel, on the same rows
@@ -647,8 +657,8 @@ static void bench_case(Case c, const std::vector<int> & sizes) {
             diff = distance(out, std::vector<double>(general.begin(), general.end()));
             n_wrong += !(diff < 5e-3);
         }
-        printf("%-34s %7d  %.2f bits  chunks %3d  both %7.1f us  attention alone %7.1f us  back to back %7.1f us  general %.1e\n", c.name, n_kv,
-            8.0*(p.k.row_bytes + p.v.row_bytes)/(c.n_head_kv*(c.hd_k + c.hd_v)), p.n_chunk, all[all.size()/2], one[one.size()/2], total*1000/n_rep, diff);
+        printf("%-34s %7d  %.2f bits  chunks %3d  both %7.1f us  attention alone %7.1f us  back to back %7.1f us  combine alone %4.1f us  general %.1e\n", c.name, n_kv,
+            8.0*(p.k.row_bytes + p.v.row_bytes)/(c.n_head_kv*(c.hd_k + c.hd_v)), p.n_chunk, all[all.size()/2], one[one.size()/2], total*1000/n_rep, combine_us, diff);
         fflush(stdout);
         for (auto & i : e) {
             CHECK(cudaEventDestroy(i));

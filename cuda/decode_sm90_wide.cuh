@@ -47,8 +47,6 @@ static __device__ __forceinline__ void load_rows(uint8_t * dst, const uint8_t * 
     }
 }
 
-template <int N> struct Part { static constexpr int value = N; };
-
 template <int KS, bool SCALE>
 static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p) {
     constexpr int HD = 128;
@@ -72,8 +70,8 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     const int stream = blockIdx.z;
     const int gqa = p.n_head/p.k.n_head_kv;
     const int col_head = gqa*p.n_token;
-    const palu_cuda_group & gk = p.k.groups[0];
-    const palu_cuda_group & gv = p.v.groups[0];
+    const palu_cuda_group gk = p.k.groups[0];
+    const palu_cuda_group gv = p.v.groups[0];
     const uint32_t rows_bytes = max(16384, (64*p.k.row_bytes + 144 + 127)/128*128); // palu_cuda_wide_rows()
 
     uint8_t * ring = smem_sm90;                                  // [N_SLOT][SLOT]
@@ -89,7 +87,8 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     int     * sm_token = (int *)(sm_slope + 32);                 // [32] -1: no query
     float   * sm_vscale = (float *)(sm_token + 32);              // [256]
     int64_t * sm_out = (int64_t *)(sm_vscale + 256);             // [32] where a column's sums go in partial; -1: no query
-    uint64_t * sm_bar = (uint64_t *)(sm_out + 32);               // [N_SLOT] full, [N_SLOT] empty, [N_SLOT] values full, [4] key rows full
+    uint64_t * sm_turn = (uint64_t *)(sm_out + 32);              // [HD/2]
+    uint64_t * sm_bar = sm_turn + HD/2;                          // [N_SLOT] full, [N_SLOT] empty, [N_SLOT] values full, [4] key rows full
     const uint32_t bar_full = smem_u32(sm_bar);
     const uint32_t bar_empty = bar_full + N_SLOT*8;
     const uint32_t bar_values = bar_full + 2*N_SLOT*8;
@@ -124,7 +123,9 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
         if (n > 0 && warp == 0 && lane < 2) {
             const uint8_t * rows = lane ? rows_v : rows_k;
             const int bytes = lane ? p.v.row_bytes : p.k.row_bytes;
-            bulk_prefetch(rows + (int64_t) cell*bytes, (n*bytes) & ~15);
+            if (n*bytes >= 16) {
+                bulk_prefetch(rows + (int64_t) cell*bytes, (n*bytes) & ~15);
+            }
         }
     };
     auto load_keys = [&](int pass) {
@@ -159,6 +160,9 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     };
     load_first();
 
+    if (threadIdx.x < HD/2) {
+        sm_turn[threadIdx.x] = p.rope.turn[threadIdx.x];
+    }
     if (threadIdx.x < 32) {
         sm_sums[lane] = -INFINITY;
         sm_sums[32 + lane] = 0.0f;
@@ -184,6 +188,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
         frag_q[i] = make_uint2(0, 0);
     }
     __syncthreads();
+#pragma unroll
     for (int col = warp; col < 32; col += 16) {
         // with the decoder's scales; with the mean; with the halves. To f16 range, with a factor for each
         float2 v[3][2] = {};
@@ -267,6 +272,8 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
         float scale_k[2] = {};
         if (busy) {
             const uint8_t * my_row = my_rows + l4*group_k + (warp & 3)*2*p.k.row_bytes;
+            const int32_t * pos = p.pos + (int64_t) stream*p.n_kv;
+            const int at_pos[2] = { pos[min(cell0 + my_cell, p.n_kv - 1)], pos[min(cell0 + my_cell + 1, p.n_kv - 1)] };
             mbar_wait(bar_rows + wg*8, pass & 1);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -299,21 +306,15 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
             bar_sync(1 + wg, 128); // rows have been read
             {
                 // cos and sin of this thread's cells and pairs, to where the rows were
-                const int32_t * pos = p.pos + (int64_t) stream*p.n_kv;
-                int64_t at_pos[2];
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    at_pos[i] = pos[min(cell0 + my_cell + i, p.n_kv - 1)];
-                }
 #pragma unroll 2
                 for (int gp = 0; gp < GP; gp++) {
-                    const ulonglong2 turn = *(const ulonglong2 *)(p.rope.turn + gp*8 + quad*2);
+                    const ulonglong2 turn = *(const ulonglong2 *)(sm_turn + gp*8 + quad*2);
                     uint32_t x[4];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         float s[2], c[2];
-                        sincos_turn((uint64_t) at_pos[i]*turn.x, s[0], c[0]);
-                        sincos_turn((uint64_t) at_pos[i]*turn.y, s[1], c[1]);
+                        sincos_turn((uint64_t)(int64_t) at_pos[i]*turn.x, s[0], c[0]);
+                        sincos_turn((uint64_t)(int64_t) at_pos[i]*turn.y, s[1], c[1]);
                         x[i] = pack_f16(c[0], c[1]);
                         x[2 + i] = pack_f16(s[0], s[1]);
                     }
@@ -413,12 +414,19 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
             for (int n = 0; n < 4; n++) {
                 float sm[4] = {};
                 float sh[4] = {};
+                float sm1[4] = {};
+                float sh1[4] = {};
 #pragma unroll
                 for (int gp = 0; gp < GP; gp++) {
                     const uint4 trig = my_trig[gp*128];
                     const uint4 bb = frag_b[(n*GP + gp)*32 + lane];
-                    mma_f16(sm, trig.x, trig.y, trig.z, trig.w, bb.x, bb.y);
-                    mma_f16(sh, trig.x, trig.y, trig.z, trig.w, bb.z, bb.w);
+                    mma_f16(gp & 1 ? sm1 : sm, trig.x, trig.y, trig.z, trig.w, bb.x, bb.y);
+                    mma_f16(gp & 1 ? sh1 : sh, trig.x, trig.y, trig.z, trig.w, bb.z, bb.w);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    sm[i] += sm1[i];
+                    sh[i] += sh1[i];
                 }
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
@@ -526,6 +534,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
         const int s_more = (8 + unit/4)*8 + l4;
         const uint32_t seg0 = s_unit < gv.rank/8 ? p.v.segs[gv.seg0 + s_unit] : 0;
         const uint32_t seg1 = s_more < gv.rank/8 ? p.v.segs[gv.seg0 + s_more] : 0;
+        const int rank_v = gv.rank;
         const bool small = __all_sync(0xffffffff, seg0 >> 24 <= 4);
         const bool more = gv.rank > (8 + unit/4)*64;
         const int n_step = min(4, n_tile - pass*4);
@@ -542,7 +551,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
             mbar_wait(bar_values + slot*8, values_phase >> slot & 1);
             values_phase ^= 1u << slot;
             const uint8_t * rows = ring + slot*SLOT + (quad*2 + part)*group_v;
-#pragma unroll 1
+#pragma unroll
             for (int kb = 0; kb < 2; kb++) {
                 const uint8_t * row[2][2];
 #pragma unroll
@@ -639,81 +648,65 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
             }
         }
 
-        // both halves together, through the ring, each with half the columns; then to what the passes before have written
-        auto finish = [&](auto which) {
-            constexpr int MINE = decltype(which)::value; // part
-            float * both = (float *) ring + unit*80*32 + lane;
+        // both halves together, in the ring, as [column][channel]; then to what the passes before have written
+        __syncthreads();
+        auto sums_of = [&](int col) { return (float *) ring + col*640 + (col >> 1 & 3)*2; }; // a warp's columns in different banks
+        const int first_more = s_more*8 + (unit & 3)*2;
 #pragma unroll
-            for (int m = 0; m < 5; m++) {
+        for (int turn = 1; turn >= 0; turn--) {
+            if (part == turn) {
 #pragma unroll
-                for (int n = 0; n < 2; n++) {
+                for (int n = 0; n < 4; n++) {
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        both[(((1 - MINE)*5 + m)*8 + n*4 + j)*32] = u[m][(1 - MINE)*2 + n][j];
+                    for (int j = 0; j < 2; j++) {
+                        float * to = sums_of(n*8 + quad*2 + j);
+#pragma unroll
+                        for (int m = 0; m < 5; m++) {
+                            float2 * at2 = (float2 *)(to + (m < 4 ? s_unit*8 + m*2 : first_more));
+                            float2 x = make_float2(u[m][n][j], u[m][n][2 + j]);
+                            if (turn == 0) {
+                                const float2 y = *at2;
+                                x.x += y.x;
+                                x.y += y.y;
+                            }
+                            *at2 = x;
+                        }
                     }
-                }
-            }
-            float old[2][2][10];
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const int64_t at = sm_out[(MINE*2 + n)*8 + quad*2 + j];
-                    float4 o0 = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                    float4 o1 = o0;
-                    float2 o2 = make_float2(0.0f, 0.0f);
-                    if (pass > 0 && at >= 0 && s_unit < gv.rank/8) {
-                        o0 = ((const float4 *)(p.partial + at + s_unit*8))[0];
-                        o1 = ((const float4 *)(p.partial + at + s_unit*8))[1];
-                    }
-                    if (pass > 0 && at >= 0 && s_more < gv.rank/8) {
-                        o2 = *(const float2 *)(p.partial + at + s_more*8 + (unit & 3)*2);
-                    }
-                    old[n][j][0] = o0.x;
-                    old[n][j][1] = o0.y;
-                    old[n][j][2] = o0.z;
-                    old[n][j][3] = o0.w;
-                    old[n][j][4] = o1.x;
-                    old[n][j][5] = o1.y;
-                    old[n][j][6] = o1.z;
-                    old[n][j][7] = o1.w;
-                    old[n][j][8] = o2.x;
-                    old[n][j][9] = o2.y;
                 }
             }
             __syncthreads();
+        }
+        {
+            // a warp has two columns, a lane four channels of every 128
             constexpr float f = 16777216.0f/P_SCALE;
+            float4 old[2][5];
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
+            for (int i = 0; i < 2; i++) {
+                const int64_t at = sm_out[warp*2 + i];
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const float fix = sm_sums[96 + (MINE*2 + n)*8 + quad*2 + j];
-                    float y[10];
-#pragma unroll
-                    for (int m = 0; m < 5; m++) {
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const int k = j + i*2;
-                            y[m*2 + i] = fmaf(fix, old[n][j][m*2 + i], (u[m][MINE*2 + n][k] + both[((MINE*5 + m)*8 + n*4 + k)*32])*f);
-                        }
-                    }
-                    const int64_t at = sm_out[(MINE*2 + n)*8 + quad*2 + j];
-                    if (at >= 0 && s_unit < gv.rank/8) {
-                        float4 * to = (float4 *)(p.partial + at + s_unit*8);
-                        to[0] = make_float4(y[0], y[1], y[2], y[3]);
-                        to[1] = make_float4(y[4], y[5], y[6], y[7]);
-                    }
-                    if (at >= 0 && s_more < gv.rank/8) {
-                        *(float2 *)(p.partial + at + s_more*8 + (unit & 3)*2) = make_float2(y[8], y[9]);
+                for (int k = 0; k < 5; k++) {
+                    const int c = k*128 + lane*4;
+                    old[i][k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    if (pass > 0 && at >= 0 && c < rank_v) {
+                        old[i][k] = *(const float4 *)(p.partial + at + c);
                     }
                 }
             }
-        };
-        __syncthreads();
-        if (part == 0) {
-            finish(Part<0>());
-        } else {
-            finish(Part<1>());
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int64_t at = sm_out[warp*2 + i];
+                const float fix = sm_sums[96 + warp*2 + i];
+#pragma unroll
+                for (int k = 0; k < 5; k++) {
+                    const int c = k*128 + lane*4;
+                    if (at >= 0 && c < rank_v) {
+                        const float2 x = *(const float2 *)(sums_of(warp*2 + i) + c);
+                        const float2 y = *(const float2 *)(sums_of(warp*2 + i) + c + 2);
+                        *(float4 *)(p.partial + at + c) = make_float4(fmaf(fix, old[i][k].x, x.x*f), fmaf(fix, old[i][k].y, x.y*f),
+                            fmaf(fix, old[i][k].z, y.x*f), fmaf(fix, old[i][k].w, y.y*f));
+                    }
+                }
+            }
         }
         fence_async(); // the decoder comes to where the sums were
         if (pass + 1 < n_pass) {

@@ -217,42 +217,59 @@ extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_const
 
 extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_constant__ palu_cuda_attn p) {
     extern __shared__ __align__(16) uint8_t smem[];
-    float * u = (float *) smem;                           // [n_part][rank_pad], at most 4096 or rank_pad
-    float * weight = u + max(4096, p.rank_stride + 32);   // [n_chunk]
+    float * u = (float *) smem;                           // [n_part][rank], at most 4096 or rank_pad
+    float * all_u = u + max(4096, p.rank_stride + 32);    // [rank_pad] values summed as codes
+    float * weight = all_u + p.rank_stride + 32;          // [n_chunk]
     const int tid = threadIdx.x;
-    const int qh = blockIdx.x%p.n_head;
+    const int n_block = gridDim.x/p.n_head;               // of a query row
+    const int qh = blockIdx.x/n_block;
     const int head = qh/(p.n_head/p.v.n_head_kv);
     const palu_cuda_group g = p.v.groups[head/p.v.group_size];
     const int64_t row = ((int64_t) blockIdx.z*p.n_token + blockIdx.y)*p.n_head + qh;
     const int stride = 4 + p.rank_stride;
     const float * part = p.partial + row*p.n_chunk*stride;
 
-    // every warp finds the sums for itself
+    // a thread per chunk
     const int lane = tid & 31;
-    float top = p.sinks ? p.sinks[qh]*LOG2E : -INFINITY;
-    for (int i = lane; i < p.n_chunk; i += 32) {
+    const float sink = p.sinks ? p.sinks[qh]*LOG2E : -INFINITY;
+    float top = sink;
+    for (int i = tid; i < p.n_chunk; i += 1024) {
         top = fmaxf(top, part[(int64_t) i*stride]);
     }
     top = warp_max(top);
+    if (lane == 0) {
+        u[tid/32] = top;
+    }
+    __syncthreads();
+    top = warp_max(u[lane]);
     const float base = top == -INFINITY ? 0.0f : top;
     float sum = 0.0f;
     float sum_v = 0.0f;
-    for (int i = lane; i < p.n_chunk; i += 32) {
-        const float w = exp2f(part[(int64_t) i*stride] - base);
-        weight[i] = w; // the same from every warp
-        sum += w*part[(int64_t) i*stride + 1];
-        sum_v += w*part[(int64_t) i*stride + 2];
+    for (int i = tid; i < p.n_chunk; i += 1024) {
+        const float4 head = *(const float4 *)(part + (int64_t) i*stride);
+        const float w = exp2f(head.x - base);
+        weight[i] = w;
+        sum += w*head.y;
+        sum_v += w*head.z;
     }
     sum = warp_sum(sum);
     sum_v = warp_sum(sum_v);
-    const float all = sum + (p.sinks ? exp2f(p.sinks[qh]*LOG2E - base) : 0.0f);
+    if (lane == 0) {
+        u[32 + tid/32] = sum;
+        u[64 + tid/32] = sum_v;
+    }
+    __syncthreads();
+    sum = warp_sum(u[32 + lane]);
+    sum_v = warp_sum(u[64 + lane]);
+    const float all = sum + (p.sinks ? exp2f(sink - base) : 0.0f);
     const float inv = all > 0.0f ? 1.0f/all : all == 0.0f ? 0.0f : all; // no visible cell: zeros
     __syncthreads();
     // four channels per thread, and the chunks in n_part parts
-    const int n_quad = min(1024, g.rank_pad/4);
-    const int n_part = n_quad > 0 ? 1024/n_quad : 0;
-    const int mine = n_quad > 0 ? tid/n_quad : 0;
-    for (int c = n_quad > 0 ? tid%n_quad*4 : 0; c < g.rank_pad && mine < n_part; c += 4096) {
+    const int rank = g.rank_pad;
+    const int n_quad = max(1, min(1024, rank/4));
+    const int n_part = 1024/n_quad;
+    const int mine = tid/n_quad;
+    for (int c = tid%n_quad*4; c < rank && mine < n_part; c += 4096) {
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (c < g.rank) {
 #pragma unroll 8
@@ -265,21 +282,22 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
                 x.w = fmaf(w, y.w, x.w);
             }
         }
-        *(float4 *)(u + mine*g.rank_pad + c) = x;
+        *(float4 *)(u + mine*rank + c) = x;
     }
     __syncthreads();
-    for (int c = tid; c < g.rank_pad; c += 1024) {
+    for (int c = tid; c < rank; c += 1024) {
         float x = u[c];
+#pragma unroll 4
         for (int i = 1; i < n_part; i++) {
-            x += u[i*g.rank_pad + c];
+            x += u[i*rank + c];
         }
         const int bits = c < g.rank ? p.v.segs[g.seg0 + c/8] >> 24 : 0;
-        u[c] = x - ((1 << bits) - 1)*0.5f*sum_v;
+        all_u[c] = x - ((1 << bits) - 1)*0.5f*sum_v;
     }
     __syncthreads();
     // a warp per dimension
     const int hd = p.v.head_dim;
-    const int d = blockIdx.x/p.n_head*32 + tid/32;
+    const int d = blockIdx.x%n_block*32 + tid/32;
     float x = 0.0f;
     if (d < hd) {
         for (int plane = 0; plane < p.v.planes; plane++) {
@@ -290,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
                 const int word[4] = { v.x, v.y, v.z, v.w };
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    const float4 y = *(const float4 *)(u + i*16 + j*4);
+                    const float4 y = *(const float4 *)(all_u + i*16 + j*4);
                     x = fmaf((float) (int8_t) word[j], y.x, x);
                     x = fmaf((float) (int8_t) (word[j] >> 8), y.y, x);
                     x = fmaf((float) (int8_t) (word[j] >> 16), y.z, x);

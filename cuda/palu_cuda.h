@@ -153,7 +153,7 @@ typedef struct palu_cuda_rebuild {
 //                                   columns (query rows of all of a block's heads); grid (n_chunk, n_head_kv/heads_per_cta*
 //                                   ceil(n_col/mma_cols)*ceil(v.rank_max/mma_slice), n_stream)
 //   palu_combine (palu_cuda_attn)   after any decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 1024 threads,
-//                                   dynamic shared memory 4*(max(4096, rank_stride + 32) + n_chunk) bytes
+//                                   dynamic shared memory 4*(max(4096, rank_stride + 32) + rank_stride + 32 + n_chunk) bytes
 
 //   palu_rebuild_{keys,values}_{128,64,32}(palu_cuda_rebuild)  so many cells per block; side.dec_half must be set
 //
@@ -258,7 +258,7 @@ static inline size_t palu_cuda_wide_smem(const palu_cuda_attn * p, int32_t k_ste
          + (size_t) 8*8*16*8 + 4*8*32*16    // query fragments
          + (size_t) 256*40*4                // scores
          + (size_t) k_steps*4*16            // segments
-         + (size_t) 4*(3*32 + 3*16*32 + 4*32 + 2*32 + 256 + 64)
+         + (size_t) 4*(3*32 + 3*16*32 + 4*32 + 2*32 + 256 + 64 + 128)
          + 256;
 }
 
