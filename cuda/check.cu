@@ -14,9 +14,10 @@
 
 #define PALU_MMA_KERNELS(X) X(palu_decode_mma_64_8) X(palu_decode_mma_64_16) X(palu_decode_mma_64_32) \
     X(palu_decode_mma_32_8) X(palu_decode_mma_32_16) X(palu_decode_mma_32_32)
-#define PALU_STORE_KERNELS(X) X(palu_project) X(palu_project_mma) X(palu_quantize) X(palu_quantize_warp)
+#define PALU_STORE_KERNELS(X) X(palu_project) X(palu_project_mma) X(palu_quantize_8) X(palu_quantize_4) X(palu_quantize_1)
 #define PALU_REBUILD_KERNELS(X) X(palu_rebuild_keys_128) X(palu_rebuild_keys_64) X(palu_rebuild_keys_32) \
-    X(palu_rebuild_values_128) X(palu_rebuild_values_64) X(palu_rebuild_values_32)
+    X(palu_rebuild_values_128) X(palu_rebuild_values_64) X(palu_rebuild_values_32) \
+    X(palu_rebuild_sm90_keys_128) X(palu_rebuild_sm90_keys_64) X(palu_rebuild_sm90_values_128) X(palu_rebuild_sm90_values_64)
 
 #include <algorithm>
 #include <cmath>
@@ -122,7 +123,9 @@ static Side make_side(int n_head, int hd, int group_size, std::vector<int> ranks
             s.dec_half.push_back(0.5f*sum);
         }
         for (int i = 0; i < rank; i++) {
-            s.step.push_back(uniform(0.1f, 0.4f));
+            // about that of the best quantizer of latents around 1
+            const int bits = s.segs[s.segs.size() - rank/8 + i/8] >> 24;
+            s.step.push_back(uniform(0.8f, 1.25f)*(2.5f + 0.7f*bits)/(1 << bits));
             for (int j = 0; store && j < d; j++) {
                 const __half e = __float2half(gauss()/std::sqrt((float) d));
                 uint16_t bits;

@@ -100,8 +100,13 @@ static void check_store(const StoreCase & c) {
 
     printf("%-58s", c.name);
     std::vector<palu_cuda_device> devices = { device, device };
+    // the other way to project, and the other ways to quantize
     devices[1].arch = 75;
-    devices[1].n_sm = (int64_t) c.n_token*s.dev.n_group >= device.n_sm*4 ? 1 << 20 : 1; // the other way to quantize
+    devices[1].n_sm = 1 << 20;
+    devices.push_back(device);
+    devices[2].n_sm = (c.n_token*s.dev.n_group + 1)/2;
+    devices.push_back(device);
+    devices[3].n_sm = 1;
     for (const palu_cuda_device & dev : devices) {
         p.rows = (uint8_t *) room((size_t) n_row*s.dev.row_bytes);
         palu_cuda_launch l[2];
@@ -308,11 +313,14 @@ static void bench_all_store() {
 
 // Devices that the plans are made for: this one, then as if it had the shared memory of smaller ones, and few multiprocessors.
 static std::vector<palu_cuda_device> planned_devices() {
-    std::vector<palu_cuda_device> all = { device };
+    std::vector<palu_cuda_device> all = { device, device };
+    all[1].arch = 89;
     for (int smem : { 166912, 101376, 65536 }) {
         palu_cuda_device d = device;
         d.smem_optin = smem;
         d.n_sm = smem == 101376 ? 1 : d.n_sm;
+        all.push_back(d);
+        d.arch = 89;
         all.push_back(d);
     }
     return all;
@@ -422,7 +430,7 @@ static void check_rebuild(const RebuildCase & c) {
         }
         const double error = distance(got, ref);
         const bool ok = error < 4e-4 && n_off == 0;
-        printf("  %s/%d/%d/%d %.1e%s", l.kernel + strlen(keys ? "palu_rebuild_keys_" : "palu_rebuild_values_"), p.slab, p.stages, p.n_split, error, ok ? "" : " WRONG");
+        printf("  %s/%d/%d/%d %.1e%s", strstr(l.kernel, "build_") + 6, p.slab, p.stages, p.n_split, error, ok ? "" : " WRONG");
         if (n_off) {
             printf(" %zu off", n_off);
         }
@@ -479,9 +487,13 @@ static void bench_rebuild(const RebuildCase & c, bool every) {
         for (int stages : { 3, 2 }) {
             p.stages = stages;
             const size_t smem = rebuild_smem(&p, cells);
-            if (every && smem <= (size_t) device.smem_optin) {
-                rebuild_launch(&device, &p, cells, smem <= (size_t)(device.smem_optin + 1024)/2 - 1024 ? 2 : 1, &l);
-                report("  ");
+            for (int arch : { 90, 89 }) {
+                palu_cuda_device dev = device;
+                dev.arch = arch;
+                if (every && smem <= (size_t) device.smem_optin) {
+                    rebuild_launch(&dev, &p, cells, smem <= (size_t)(device.smem_optin + 1024)/2 - 1024 ? 2 : 1, &l);
+                    report("  ");
+                }
             }
         }
     }
@@ -535,8 +547,10 @@ static void check_decode_mma(const Case & c) {
         for (int n_sm : { device.n_sm, 1 }) {
             palu_cuda_device dev = { 89, n_sm, smem };
             palu_cuda_attn p = x.p;
-            const Plan way = plan(dev, p, x);
-            if (!strcmp(way.decode.kernel, "palu_decode")) {
+            palu_cuda_launch l[2];
+            const bool none = palu_cuda_plan_attn(&dev, &p, x.k.groups.data(), x.v.groups.data(), l);
+            const Plan way = { l[0], l[1] };
+            if (none || !strcmp(way.decode.kernel, "palu_decode")) {
                 printf("  (does not fit %d)", smem);
                 break;
             }

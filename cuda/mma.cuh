@@ -86,7 +86,8 @@ static __device__ __forceinline__ void group_wait() {
 static __device__ __forceinline__ void group_see() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// 32 columns of 128 rows of 64 bytes, 16 bytes of which stand at their place modulo 4, exclusive or with half the row
+// Where a factor of 128 rows stands, 64 bytes each: chunk c of 16 bytes of row r at chunk c ^ (r/2%4), the hardware's 64-byte
+// swizzle. at: of the row's first 32 bytes or the others.
 static __device__ __forceinline__ uint64_t group_matrix(uint32_t at) {
     return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t) 1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t) 2 << 62;
 }

@@ -21,7 +21,7 @@ extern "C" {
 #define PALU_CUDA_RANK_ALIGN 32   // decoders are padded with zeros to this many channels
 #define PALU_CUDA_TILE 64         // cells that the decode kernels take at a time
 #define PALU_CUDA_PROJECT_TOKENS 4   // of a block of palu_project
-#define PALU_CUDA_PROJECT_SMEM 82944 // bytes of palu_project_mma
+#define PALU_CUDA_PROJECT_SMEM 62464 // bytes of palu_project_mma
 
 // One head group of one side.
 typedef struct palu_cuda_group {
@@ -137,10 +137,11 @@ typedef struct palu_cuda_rebuild {
 
 // Kernels (extern "C"; the struct is the only parameter, passed by value):
 //   palu_project      (palu_cuda_store)  any shape; grid (ceil(rank_max/8), n_group, ceil(n_token/PALU_CUDA_PROJECT_TOKENS)), 256 threads
-//   palu_project_mma  (palu_cuda_store)  sm_80 and later, head_dim a multiple of 8; grid (ceil(rank_max/64), n_group, ceil(n_token/32)),
+//   palu_project_mma  (palu_cuda_store)  sm_80 and later, head_dim a multiple of 8; grid (ceil(rank_max/64), n_group, ceil(n_token/16)),
 //                                        256 threads, dynamic shared memory PALU_CUDA_PROJECT_SMEM
-//   palu_quantize     (palu_cuda_store)  grid (n_token, n_group), 256 threads, dynamic shared memory palu_cuda_quantize_smem()
-//   palu_quantize_warp(palu_cuda_store)  grid (ceil(n_token/4), n_group), 128 threads, dynamic shared memory 4*palu_cuda_quantize_smem()
+//   palu_quantize_{8,4}(palu_cuda_store) so many warps per token and group; grid (n_token, n_group), 32 threads per warp,
+//                                        dynamic shared memory palu_cuda_quantize_smem()
+//   palu_quantize_1   (palu_cuda_store)  grid (ceil(n_token/4), n_group), 128 threads, dynamic shared memory 4*palu_cuda_quantize_smem()
 //   palu_decode  (palu_cuda_attn)   any shape; grid (n_chunk, n_head_kv*ceil(n_col/8), n_stream), n_col = n_token*n_head/n_head_kv,
 //                                   128 threads, dynamic shared memory palu_cuda_decode_smem()
 //   palu_decode_sm90_*(palu_cuda_attn) few query rows on sm_90a; grid (n_chunk, n_head_kv/heads_per_cta, n_stream),
@@ -155,7 +156,8 @@ typedef struct palu_cuda_rebuild {
 //   palu_combine (palu_cuda_attn)   after any decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 1024 threads,
 //                                   dynamic shared memory 4*(max(4096, rank_stride + 32) + rank_stride + 32 + n_chunk) bytes
 
-//   palu_rebuild_{keys,values}_{128,64,32}(palu_cuda_rebuild)  so many cells per block; side.dec_half must be set
+//   palu_rebuild_{keys,values}_{128,64,32}(palu_cuda_rebuild)  so many cells per block, 256 threads; side.dec_half must be set
+//   palu_rebuild_sm90_{keys,values}_{128,64}                   the same on sm_90a
 //
 // Which kernel runs with which launch shape is decided on the host, in plan.c.
 

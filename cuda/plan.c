@@ -33,18 +33,20 @@ static int set_launch(const palu_cuda_device * dev, palu_cuda_launch * out, cons
 int palu_cuda_plan_store(const palu_cuda_device * dev, palu_cuda_store * p, const palu_cuda_group * groups, palu_cuda_launch out[2]) {
     (void) groups;
     const palu_cuda_side * s = &p->side;
-    // tensor cores from half of one of their tiles on
-    const int mma = dev->arch >= 80 && p->n_token >= 16 && s->head_dim%8 == 0;
-    if (mma ? set_launch(dev, &out[0], "palu_project_mma", ceil_div(s->rank_max, 64), s->n_group, ceil_div(p->n_token, 32), 256, PALU_CUDA_PROJECT_SMEM)
+    // tensor cores where they take less time: palu_project reads the encoder once per PALU_CUDA_PROJECT_TOKENS
+    const int mma = dev->arch >= 80 && p->n_token > 16 && s->head_dim%8 == 0;
+    if (mma ? set_launch(dev, &out[0], "palu_project_mma", ceil_div(s->rank_max, 64), s->n_group, ceil_div(p->n_token, 16), 256, PALU_CUDA_PROJECT_SMEM)
             : set_launch(dev, &out[0], "palu_project", ceil_div(s->rank_max, 8), s->n_group, ceil_div(p->n_token, PALU_CUDA_PROJECT_TOKENS), 256, 0)) {
         return -1;
     }
-    // one warp per token and group, if that is enough to do
+    // many warps per token and group take less time, few do less
     const size_t smem = palu_cuda_quantize_smem(s->rank_max);
-    if ((int64_t) p->n_token*s->n_group >= (int64_t) dev->n_sm*4 && 4*smem <= (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT)) {
-        return set_launch(dev, &out[1], "palu_quantize_warp", ceil_div(p->n_token, 4), s->n_group, 1, 128, 4*smem);
+    const int64_t n = (int64_t) p->n_token*s->n_group;
+    if (n > (int64_t) dev->n_sm*8 && 4*smem <= (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT)) {
+        return set_launch(dev, &out[1], "palu_quantize_1", ceil_div(p->n_token, 4), s->n_group, 1, 128, 4*smem);
     }
-    return set_launch(dev, &out[1], "palu_quantize", p->n_token, s->n_group, 1, 256, smem);
+    return n > dev->n_sm ? set_launch(dev, &out[1], "palu_quantize_4", p->n_token, s->n_group, 1, 128, smem)
+                         : set_launch(dev, &out[1], "palu_quantize_8", p->n_token, s->n_group, 1, 256, smem);
 }
 
 size_t palu_cuda_latent_size(const palu_cuda_store * p) { return (size_t) p->n_token*p->side.rank_sum; }
@@ -61,7 +63,7 @@ static size_t rebuild_smem(const palu_cuda_rebuild * p, int32_t cells) {
     const int32_t pairs = ceil_div(p->side.head_dim, 16)*8;
     return (size_t) cells*(p->slab + 16)                                          // codes
          + (size_t) p->stages*units*16*64                                         // decoder
-         + (p->rope.pair_dim ? (size_t) cells*(pairs + 2)*4 : 0)  // cos, sin
+         + (p->rope.pair_dim ? (size_t) cells*(pairs + 2)*4 : 0)                  // cos, sin
          + (size_t) 2*units*52*4                                                  // per dimension
          + (size_t) cells*4                                                       // scales
          + (size_t) pairs/8*(4 + 32);                                             // dimensions
@@ -82,20 +84,22 @@ static int rebuild_launch(const palu_cuda_device * dev, palu_cuda_rebuild * p, i
             p->n_split = n;
         }
     }
-    static const char * const names[2][3] = {
-        { "palu_rebuild_values_128", "palu_rebuild_values_64", "palu_rebuild_values_32" },
-        { "palu_rebuild_keys_128", "palu_rebuild_keys_64", "palu_rebuild_keys_32" },
+    static const char * const names[2][2][3] = {
+        { { "palu_rebuild_values_128", "palu_rebuild_values_64", "palu_rebuild_values_32" },
+          { "palu_rebuild_keys_128", "palu_rebuild_keys_64", "palu_rebuild_keys_32" } },
+        { { "palu_rebuild_sm90_values_128", "palu_rebuild_sm90_values_64", "palu_rebuild_values_32" },
+          { "palu_rebuild_sm90_keys_128", "palu_rebuild_sm90_keys_64", "palu_rebuild_keys_32" } },
     };
-    return set_launch(dev, out, names[p->rope.pair_dim != 0][cells == 128 ? 0 : cells == 64 ? 1 : 2], ceil_div(p->n_kv, cells),
+    return set_launch(dev, out, names[dev->arch == 90][p->rope.pair_dim != 0][cells == 128 ? 0 : cells == 64 ? 1 : 2], ceil_div(p->n_kv, cells),
         (int64_t) s->n_group*p->n_split, p->n_stream, 256, rebuild_smem(p, cells));
 }
 
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]) {
     (void) groups;
-    // the largest tile of which two fit a multiprocessor (one is multiplied while the other is written), else of which one
-    // fits, else as many channels at a time as fit
+    // two blocks that fit a multiprocessor (one multiplies while the other writes), with many cells (the decoder is read once
+    // for all of them); else, by the times that were measured, one; else as many channels at a time as fit
     static const struct { int32_t cells, stages, per_sm; } shapes[] = {
-        { 128, 3, 2 }, { 128, 2, 2 }, { 64, 2, 2 }, { 32, 2, 2 }, { 128, 3, 1 }, { 64, 3, 1 }, { 64, 2, 1 }, { 32, 2, 1 },
+        { 128, 3, 2 }, { 128, 2, 2 }, { 64, 3, 2 }, { 64, 2, 2 }, { 128, 3, 1 }, { 64, 3, 1 }, { 32, 2, 2 }, { 64, 2, 1 }, { 32, 2, 1 },
     };
     const size_t optin = (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT);
     const size_t reserved = dev->arch >= 80 ? 1024 : 0; // per block
@@ -300,12 +304,13 @@ int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, const 
         4*((size_t) palu_cuda_max32(4096, p->rank_stride + 32) + p->rank_stride + 32 + p->n_chunk));
 }
 
-// Query tokens from which rebuilding the context once for all of them is the faster way.
-#define REBUILD_FROM_TOKENS 32
+// Query rows per KV head from which rebuilding the context, once for all of them, and ordinary attention are the faster way:
+// on an H200 at 64K cells, 4 tokens with four query heads per KV head, 16 with one.
+#define REBUILD_FROM_ROWS 16
 
 int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p) {
     (void) dev;
-    return p->n_token < REBUILD_FROM_TOKENS;
+    return (int64_t) p->n_token*p->n_head < (int64_t) REBUILD_FROM_ROWS*p->k.n_head_kv;
 }
 
 size_t palu_cuda_partial_size(const palu_cuda_attn * p) {

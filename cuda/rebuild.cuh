@@ -1,4 +1,5 @@
-// rebuild.cuh - rows back to f16 keys and values, with the warps' integer matrix products (m16n8k32 on sm_80 and later).
+// rebuild.cuh - rows back to f16 keys and values, with integer matrix products of warps (m16n8k32 on sm_80 and later) or, on
+// sm_90a, of four warps (m64n128k32).
 //
 // A block unpacks a tile of cells once and multiplies it with the group's whole decoder (or its share of it), which comes
 // from the L2 cache through a few stages of shared memory: 64 channels of N dimensions each.
@@ -9,16 +10,17 @@
 
 #include "decoder.cuh"
 
-// MF: fragments of 16 cells per warp, WM: warps across the cells
-template <int MF, int WM, bool KEYS>
+// MF: fragments of 16 cells per warp, WM: warps across the cells, NH: times 64 columns per warp. With 2 of the latter, products
+// of four warps.
+template <int MF, int WM, int NH, bool KEYS>
 static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
     constexpr int M = 16*MF*WM;
     constexpr int WN = 8/WM;
-    constexpr int N = 64*WN;
+    constexpr int N = 64*NH*WN;
     constexpr int UNITS = N/16;      // of a tile
     enum { ANYWHERE, JOINED, APART };
 
-    extern __shared__ __align__(16) uint8_t smem_rebuild[];
+    extern __shared__ __align__(1024) uint8_t smem_rebuild[];
     const int tid = threadIdx.x;
     const int lane = tid & 31;
     const int warp = tid >> 5;
@@ -117,11 +119,11 @@ static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
         unpack(0);
     }
 
-    const DecoderProduct<MF> product(codes, a_stride, stage, wm*MF*16, wn*64);
+    const DecoderProduct<MF*NH> product(codes, a_stride, stage, wm*MF*16, wn*64*NH);
     uint32_t b_stage = 0;
 
     for (int tile = tile_begin; tile < tile_end; tile++) {
-        int acc[MF][8][4] = {};
+        int acc[MF*NH][8][4] = {};
         if (g.rank == 0) {
             load_consts(tile);
             mma::copy_commit();
@@ -140,11 +142,20 @@ static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
                 } else {
                     mma::copy_wait<1>();
                 }
+#ifdef PALU_SM90A
+                if (NH == 2) {
+                    mma::group_see();
+                }
+#endif
                 __syncthreads();
                 if (plane + k == 0) {
                     load_consts(tile + 1); // with what the next load() commits, which is there before the next tile's products
                 }
-                load();
+                // ahead of products of four warps if the load is needed right after them, else while they run
+                const bool first = NH == 1 || stages == 2;
+                if (first) {
+                    load();
+                }
                 if (p.slab < g.rank_pad) {
                     if (slab_left == 0) {
                         unpack(k);
@@ -154,14 +165,41 @@ static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
                     }
                     slab_left -= 64;
                 }
-                product.add(acc, a_stride, a_k, b_stage, k + 32 < g.rank_pad);
+                if constexpr (NH == 2) {
+#ifdef PALU_SM90A
+                    uint32_t a[2][4];
+                    const bool both = k + 32 < g.rank_pad;
+                    mma::load_4(a[0], product.a_at + a_k);
+                    if (both) {
+                        mma::load_4(a[1], product.a_at + a_k + 32);
+                    }
+                    const uint32_t b = mma::smem(stage) + b_stage + wn*(NH*64*64);
+                    mma::group_fence();
+                    mma::group_s8(acc, a[0], mma::group_matrix(b));
+                    if (both) {
+                        mma::group_s8(acc, a[1], mma::group_matrix(b + 32));
+                    }
+                    mma::group_commit();
+                    if (!first) {
+                        load();
+                    }
+                    mma::group_wait();
+#endif
+                } else {
+                    product.add(acc, a_stride, a_k, b_stage, k + 32 < g.rank_pad);
+                }
                 a_k += 64;
                 b_stage = b_stage + N*64 == decoder.stage_end ? 0 : b_stage + N*64;
             }
         }
 
-        const int unit = tile*UNITS + wn*4 + lane%4;
-        if (unit < n_unit) {
+#pragma unroll
+        for (int nh = 0; nh < NH; nh++) {
+            const int unit_in_tile = (wn*NH + nh)*4 + lane%4;
+            const int unit = tile*UNITS + unit_in_tile;
+            if (unit >= n_unit) {
+                continue;
+            }
             const int head = uph(unit);
             const int in_head = unit - head*uph.n;
             const uint32_t where = place[in_head];
@@ -169,7 +207,7 @@ static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
             const int dim1 = where >> 14 & 0x3fff;
             const int how = where >> 28;
             const uint32_t select[2] = { how == APART ? 0x5410u : 0x3210u, how == APART ? 0x7632u : 0x7654u };
-            const float * c = consts + (tile & 1)*UNITS*PALU_CONST_STRIDE + (wn*4 + lane%4)*PALU_CONST_STRIDE;
+            const float * c = consts + ((tile & 1)*UNITS + unit_in_tile)*PALU_CONST_STRIDE;
             const int row0 = wm*MF*16 + lane/4;
             const uint32_t * turns = trig + row0*trig_stride + in_head*8;
             float row_scale[MF*2];
@@ -185,8 +223,8 @@ static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
                 const float4 hs = make_float4(half.x*ds.x, half.y*ds.y, half.z*ds.z, half.w*ds.w);
 #pragma unroll
                 for (int i = 0; i < MF*2; i++) {
-                    int (&lo)[4] = acc[i/2][f];
-                    int (&hi)[4] = acc[i/2][f + 1];
+                    int (&lo)[4] = acc[nh*MF + i/2][f];
+                    int (&hi)[4] = acc[nh*MF + i/2][f + 1];
                     const int e = i%2*2;
                     float x[2] = { (float) lo[e], (float) lo[e + 1] };
                     float y[2] = { (float) hi[e], (float) hi[e + 1] };
@@ -209,8 +247,8 @@ static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
                     uint32_t w[8];
 #pragma unroll
                     for (int f = 0; f < 4; f++) {
-                        w[2*f]     = (uint32_t) acc[i/2][2*f][e];
-                        w[2*f + 1] = (uint32_t) acc[i/2][2*f][e + 1];
+                        w[2*f]     = (uint32_t) acc[nh*MF + i/2][2*f][e];
+                        w[2*f + 1] = (uint32_t) acc[nh*MF + i/2][2*f][e + 1];
                     }
                     if (how == APART) {
                         *(uint4 *)(out + dim0) = make_uint4(w[0], w[2], w[4], w[6]);
@@ -236,9 +274,22 @@ static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
 }
 
 #define PALU_REBUILD(M, MF, WM) \
-    extern "C" __global__ void __launch_bounds__(256, 2) palu_rebuild_keys_##M(const __grid_constant__ palu_cuda_rebuild p) { rebuild<MF, WM, true>(p); } \
-    extern "C" __global__ void __launch_bounds__(256, 2) palu_rebuild_values_##M(const __grid_constant__ palu_cuda_rebuild p) { rebuild<MF, WM, false>(p); }
+    extern "C" __global__ void __launch_bounds__(256, 2) palu_rebuild_keys_##M(const __grid_constant__ palu_cuda_rebuild p) { rebuild<MF, WM, 1, true>(p); } \
+    extern "C" __global__ void __launch_bounds__(256, 2) palu_rebuild_values_##M(const __grid_constant__ palu_cuda_rebuild p) { rebuild<MF, WM, 1, false>(p); }
 PALU_REBUILD(128, 2, 4)
 PALU_REBUILD(64, 2, 2)
 PALU_REBUILD(32, 1, 2)
 #undef PALU_REBUILD
+
+#if defined(PALU_SM90A) || !defined(__CUDA_ARCH__)
+#define PALU_REBUILD_BODY(WM, KEYS) { rebuild<1, WM, 2, KEYS>(p); }
+#else
+#define PALU_REBUILD_BODY(WM, KEYS) {}
+#endif
+#define PALU_REBUILD(M, WM) \
+    extern "C" __global__ void __launch_bounds__(256, 2) palu_rebuild_sm90_keys_##M(const __grid_constant__ palu_cuda_rebuild p) PALU_REBUILD_BODY(WM, true) \
+    extern "C" __global__ void __launch_bounds__(256, 2) palu_rebuild_sm90_values_##M(const __grid_constant__ palu_cuda_rebuild p) PALU_REBUILD_BODY(WM, false)
+PALU_REBUILD(128, 8)
+PALU_REBUILD(64, 4)
+#undef PALU_REBUILD
+#undef PALU_REBUILD_BODY

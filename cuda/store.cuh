@@ -84,17 +84,17 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
 
 //
 // Projection with tensor cores: x - mean is split into two tf32 numbers, whose products with the encoder's f16 are exact.
-// The tensor cores truncate sums, so no more than 32 products are added there.
+// The tensor cores truncate sums, so no more than 16 products are added there.
 //
 
-// 32 tokens and 64 channels per block, 64 dimensions at a time, of which a warp takes half
+// 16 tokens and 64 channels per block, 64 dimensions at a time, of which a warp takes a quarter
 extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_constant__ palu_cuda_store p) {
 #ifdef PALU_SM80
     constexpr int STAGES = 4;
     constexpr int X_STRIDE = 80; // floats; 16 modulo 32, so that the rows of a quarter warp differ in their banks
     constexpr int E_STRIDE = 80; // halves; 32 bytes modulo 128, likewise
     struct Stage {
-        float x[32*X_STRIDE];
+        float x[16*X_STRIDE];
         __half enc[64*E_STRIDE];
         float mean[64];
     };
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
     }
     const int hd = p.side.head_dim; // a multiple of 8
     const int d = p.side.group_size*hd;
-    const int t0 = blockIdx.z*32;
+    const int t0 = blockIdx.z*16;
     const __half * enc = (const __half *) p.side.enc + group.enc0;
     const float * mean = p.side.mean + (int64_t) gi*d;
     const char * x = (const char *) p.x + (int64_t) gi*p.side.group_size*p.x_nb_head;
@@ -127,19 +127,15 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
             const int jx = chunk*64 + tid%16*4;
             const int head = jx/hd;
             const char * from = x + head*p.x_nb_head + (jx - head*hd)*4;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int t = tid/16 + i*16;
-                float * to = s.x + t*X_STRIDE + tid%16*4;
-                const char * at = from + min(t0 + t, p.n_token - 1)*p.x_nb_token;
-                if (jx >= d) {
-                    *(float4 *) to = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                } else if (aligned) {
-                    mma::copy16(mma::smem(to), at);
-                } else {
-                    for (int k = 0; k < 4; k++) {
-                        mma::copy4(mma::smem(to + k), at + 4*k);
-                    }
+            float * to_x = s.x + tid/16*X_STRIDE + tid%16*4;
+            const char * at = from + min(t0 + tid/16, p.n_token - 1)*p.x_nb_token;
+            if (jx >= d) {
+                *(float4 *) to_x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            } else if (aligned) {
+                mma::copy16(mma::smem(to_x), at);
+            } else {
+                for (int k = 0; k < 4; k++) {
+                    mma::copy4(mma::smem(to_x + k), at + 4*k);
                 }
             }
             const int je = chunk*64 + tid%8*8;
@@ -168,9 +164,9 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
     for (int i = 0; i < STAGES - 1; i++) {
         load(i);
     }
-    const int row = warp%2*16 + lane/4;
-    const int col = warp/2%2*32 + lane/4;
-    const int k_begin = warp/4*32;
+    const int row = lane/4;
+    const int col = warp%2*32 + lane/4;
+    const int k = warp/2*16; // of a chunk
     const int k4 = lane%4*4;
     float sum[4][4] = {};
     for (int chunk = 0; chunk < n_chunk; chunk++) {
@@ -180,30 +176,27 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
         const Stage & s = stage[chunk%STAGES];
         float acc_hi[4][4] = {};
         float acc_lo[4][4] = {};
+        const float4 m = *(const float4 *)(s.mean + k + k4);
+        const float4 x0 = store_minus(*(const float4 *)(s.x + row*X_STRIDE + k + k4), m);
+        const float4 x1 = store_minus(*(const float4 *)(s.x + (row + 8)*X_STRIDE + k + k4), m);
+        // the four elements of a thread are two fragments' columns t and t + 4; the encoder's likewise
+        const float v[8] = { x0.x, x1.x, x0.y, x1.y, x0.z, x1.z, x0.w, x1.w };
+        uint32_t hi[8], lo[8];
 #pragma unroll
-        for (int k = k_begin; k < k_begin + 32; k += 16) {
-            const float4 m = *(const float4 *)(s.mean + k + k4);
-            const float4 x0 = store_minus(*(const float4 *)(s.x + row*X_STRIDE + k + k4), m);
-            const float4 x1 = store_minus(*(const float4 *)(s.x + (row + 8)*X_STRIDE + k + k4), m);
-            // the four elements of a thread are two fragments' columns t and t + 4; the encoder's likewise
-            const float v[8] = { x0.x, x1.x, x0.y, x1.y, x0.z, x1.z, x0.w, x1.w };
-            uint32_t hi[8], lo[8];
+        for (int i = 0; i < 8; i++) {
+            hi[i] = __float_as_uint(v[i]) & 0xffffe000u;
+            lo[i] = __float_as_uint(v[i] - __uint_as_float(hi[i])) + 0x1000u; // the rest is cut off: this rounds
+        }
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                hi[i] = __float_as_uint(v[i]) & 0xffffe000u;
-                lo[i] = __float_as_uint(v[i] - __uint_as_float(hi[i])) + 0x1000u; // the rest is cut off: this rounds
-            }
+        for (int n = 0; n < 4; n++) {
+            const uint2 e = *(const uint2 *)(s.enc + (col + n*8)*E_STRIDE + k + k4);
+            const float2 e0 = __half22float2(*(const __half2 *) &e.x);
+            const float2 e1 = __half22float2(*(const __half2 *) &e.y);
+            const uint32_t b[4] = { __float_as_uint(e0.x), __float_as_uint(e0.y), __float_as_uint(e1.x), __float_as_uint(e1.y) };
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const uint2 e = *(const uint2 *)(s.enc + (col + n*8)*E_STRIDE + k + k4);
-                const float2 e0 = __half22float2(*(const __half2 *) &e.x);
-                const float2 e1 = __half22float2(*(const __half2 *) &e.y);
-                const uint32_t b[4] = { __float_as_uint(e0.x), __float_as_uint(e0.y), __float_as_uint(e1.x), __float_as_uint(e1.y) };
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    mma::tf32(acc_lo[n], lo + 4*i, b[2*i], b[2*i + 1]);
-                    mma::tf32(acc_hi[n], hi + 4*i, b[2*i], b[2*i + 1]);
-                }
+            for (int i = 0; i < 2; i++) {
+                mma::tf32(acc_lo[n], lo + 4*i, b[2*i], b[2*i + 1]);
+                mma::tf32(acc_hi[n], hi + 4*i, b[2*i], b[2*i + 1]);
             }
         }
 #pragma unroll
@@ -213,24 +206,24 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
     }
     mma::copy_wait<0>();
     __syncthreads();
-    float * other = (float *) smem_project + tid%128;
-    if (warp >= 4) {
+    float * other = (float *) smem_project + tid%64;
+    if (warp >= 2) {
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            other[i*128] = sum[i/4][i%4];
+            other[((warp/2 - 1)*16 + i)*64] = sum[i/4][i%4];
         }
     }
     __syncthreads();
-    if (warp >= 4) {
+    if (warp >= 2) {
         return;
     }
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        sum[i/4][i%4] += other[i*128];
+    for (int i = 0; i < 48; i++) {
+        sum[i%16/4][i%4] += other[i*64];
     }
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-        const int c = c0 + warp/2*32 + n*8 + lane%4*2;
+        const int c = c0 + warp*32 + n*8 + lane%4*2;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int t = t0 + row + 8*i;
@@ -246,9 +239,9 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
 // Quantization: a block, or a warp, per token and group
 //
 
-// The scales to try form a sequence that does not depend on what came of them, until the search stops: so a block's eight
-// warps try eight at a time, and all that the refinement may come to at once. That is the shorter way; a warp alone does
-// less in total.
+// The scales to try form a sequence that does not depend on what came of them, until the search stops: so the warps of a
+// block try as many at a time, and eight of them all that the refinement may come to. That is the shorter way; a warp alone
+// does less in total.
 template <int WARPS>
 static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8_t * smem, int token, int gi) {
     constexpr int THREADS = 32*WARPS;
@@ -403,12 +396,18 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
                 least = e;
             }
         };
-        if (WARPS == 1) {
+        if (WARPS < 8) {
             for (int r = 0; r < 2; r++) {
                 const float up = as_f16(best*ratio[r]);
                 const float down = as_f16(best/ratio[r]);
-                take(up, error(up));
-                take(down, error(down));
+                if (WARPS == 1) {
+                    take(up, error(up));
+                    take(down, error(down));
+                } else {
+                    share(error(warp & 1 ? down : up), all);
+                    take(up, all[0]);
+                    take(down, all[WARPS > 1]);
+                }
             }
         } else if (best > 0.0f) {
             // up and down of the best; then of it and of these two
@@ -492,12 +491,16 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) palu_quantize(const __grid_constant__ palu_cuda_store p) {
-    extern __shared__ __align__(16) uint8_t smem_quantize[];
-    quantize<8>(p, smem_quantize, blockIdx.x, blockIdx.y);
-}
+#define PALU_QUANTIZE(WARPS) \
+    extern "C" __global__ void __launch_bounds__(32*WARPS) palu_quantize_##WARPS(const __grid_constant__ palu_cuda_store p) { \
+        extern __shared__ __align__(16) uint8_t smem_quantize[]; \
+        quantize<WARPS>(p, smem_quantize, blockIdx.x, blockIdx.y); \
+    }
+PALU_QUANTIZE(8)
+PALU_QUANTIZE(4)
+#undef PALU_QUANTIZE
 
-extern "C" __global__ void __launch_bounds__(128) palu_quantize_warp(const __grid_constant__ palu_cuda_store p) {
+extern "C" __global__ void __launch_bounds__(128) palu_quantize_1(const __grid_constant__ palu_cuda_store p) {
     extern __shared__ __align__(16) uint8_t smem_quantize[];
     const int warp = threadIdx.x >> 5;
     const int token = blockIdx.x*4 + warp;
