@@ -41,7 +41,7 @@ typedef struct palu_cuda_side {
     const uint32_t * segs;          // per group [rank/8]: byte of the row at which the segment's codes begin | bits << 24
     const int8_t   * dec;           // per group [planes][group_size*head_dim][rank_pad], 16-byte aligned; keys: channels in the
                                     // order of palu_cuda_key_channel()
-    const int8_t   * dec_tiles;     // keys: the decoder as palu_cuda_tile_keys() makes it; may be NULL
+    const int8_t   * dec_tiles;     // keys: the decoder as palu_cuda_tile_keys() makes it, 16-byte aligned; may be NULL
     const float    * dec_scale;     // [n_head_kv*head_dim]
     const float    * dec_half;      // [n_head_kv*head_dim] half the sum over c of weight[d][c] (for values only rebuilding reads it)
     const float    * mean;          // [n_head_kv*head_dim]
