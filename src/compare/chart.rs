@@ -3,10 +3,12 @@
 use super::report::small;
 use std::fmt::Write;
 
-/// Plots are this wide, in units of about a pixel: a phone's width, or a column of three on a desk.
+/// Plots of two columns are this wide, in units of about a pixel.
 const WIDTH: f64 = 400.0;
+/// Plots of three columns; on a phone, either is as wide as the page.
+pub const NARROW: f64 = 350.0;
 /// Width of a character of labels, on average.
-const CHAR: f64 = 6.3;
+const CHAR: f64 = 7.9;
 const LINE: f64 = 14.0;
 
 pub fn escape(text: &str) -> String {
@@ -86,6 +88,7 @@ pub struct Series {
 }
 
 pub struct Plot<'a> {
+    pub narrow: bool,
     /// for readers that cannot see it
     pub about: String,
     pub x_label: &'a str,
@@ -116,8 +119,8 @@ impl Rect {
     }
 }
 
-fn open(s: &mut String, height: f64, about: &str) {
-    let _ = write!(s, "<svg viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{}\">", escape(about));
+fn open(s: &mut String, width: f64, height: f64, about: &str) {
+    let _ = write!(s, "<svg viewBox=\"0 0 {width} {height:.0}\" role=\"img\" aria-label=\"{}\">", escape(about));
 }
 
 fn text(s: &mut String, x: f64, y: f64, anchor: &str, class: &str, what: &str) {
@@ -142,7 +145,7 @@ fn spread(y: &mut [f64], low: f64, high: f64) {
 
 impl Plot<'_> {
     pub fn svg(&self) -> String {
-        let height = 290.0;
+        let (width, height) = (if self.narrow { NARROW } else { WIDTH }, 290.0);
         let points = || self.series.iter().flat_map(|s| &s.points);
         let ends = self.series.iter().map(|s| s.label.chars().count()).max().unwrap_or(0);
         let right = if ends > 0 { (ends as f64 * CHAR + 12.0).min(130.0) } else { 14.0 };
@@ -160,23 +163,23 @@ impl Plot<'_> {
         let y = Scale { log: self.y_log, low, high, start: height - bottom, end: top };
         let x_high = points().map(|p| p.x).fold(self.x_to, f64::max);
         let x_low = points().map(|p| p.x).fold(self.x_from, f64::min);
-        let x = Scale { log: self.x_log, low: x_low, high: x_high.max(x_low + 1e-9), start: left, end: WIDTH - right };
+        let x = Scale { log: self.x_log, low: x_low, high: x_high.max(x_low + 1e-9), start: left, end: width - right };
 
         let mut s = String::new();
-        open(&mut s, height, &self.about);
+        open(&mut s, width, height, &self.about);
         if let Some((from, to, why)) = self.shade {
             let (a, b) = (x.at(from), x.at(to));
             let _ = write!(s, "<rect class=\"shade\" x=\"{a:.1}\" y=\"{top}\" width=\"{:.1}\" height=\"{:.1}\"/>", b - a, height - bottom - top);
-            text(&mut s, (a + b) / 2.0, height - bottom - 6.0, "middle", "note", why);
+            text(&mut s, (a + b) / 2.0, top + 14.0, "middle", "note", why);
         }
         text(&mut s, 4.0, 12.0, "start", "axis", self.y_label);
-        text(&mut s, (left + WIDTH - right) / 2.0, height - 8.0, "middle", "axis", self.x_label);
+        text(&mut s, (left + width - right) / 2.0, height - 8.0, "middle", "axis", self.x_label);
         for v in y.ticks() {
             let at = y.at(v);
-            let _ = write!(s, "<line class=\"grid\" x1=\"{left}\" x2=\"{:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>", WIDTH - right);
+            let _ = write!(s, "<line class=\"grid\" x1=\"{left}\" x2=\"{:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>", width - right);
             text(&mut s, left - 6.0, at + 4.0, "end", "tick", &short(v));
         }
-        let _ = write!(s, "<line class=\"base\" x1=\"{left}\" x2=\"{:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>", WIDTH - right, at = height - bottom);
+        let _ = write!(s, "<line class=\"base\" x1=\"{left}\" x2=\"{:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>", width - right, at = height - bottom);
         for v in x.ticks() {
             let at = x.at(v);
             let _ = write!(s, "<line class=\"base\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{:.1}\" y2=\"{:.1}\"/>", height - bottom, height - bottom + 4.0);
@@ -191,6 +194,12 @@ impl Plot<'_> {
                 let _ = write!(s, "<polyline class=\"line {}\" points=\"{}\"/>", series.class, path.join(" "));
             }
             taken.extend(at.iter().map(|(x, y)| Rect { x: x - 5.0, y: y - 5.0, w: 10.0, h: 10.0 }));
+            // labels keep off the lines too
+            for (a, b) in at.windows(2).filter(|_| series.line).map(|w| (w[0], w[1])) {
+                let n = ((b.0 - a.0).hypot(b.1 - a.1) / 4.0).ceil();
+                let along = |i: f64| Rect { x: a.0 + (b.0 - a.0) * i / n - 2.0, y: a.1 + (b.1 - a.1) * i / n - 2.0, w: 4.0, h: 4.0 };
+                taken.extend((1..n as usize).map(|i| along(i as f64)));
+            }
         }
         for series in &self.series {
             for p in series.points.iter().filter(|p| shown(p.y)) {
@@ -217,7 +226,7 @@ impl Plot<'_> {
             let spots = [(8.0, 4.0), (-8.0 - w, 4.0), (-w / 2.0, -9.0), (-w / 2.0, 18.0), (8.0, -8.0), (8.0, 16.0), (-8.0 - w, -8.0), (-8.0 - w, 16.0)];
             let cost = |&(dx, dy): &(f64, f64)| {
                 let r = Rect { x: px + dx, y: py + dy - 10.0, w, h: LINE - 2.0 };
-                let inside = Rect { x: left, y: top - 12.0, w: WIDTH - left - 2.0, h: height - bottom - top + 12.0 };
+                let inside = Rect { x: left, y: top - 12.0, w: width - left - 2.0, h: height - bottom - top + 12.0 };
                 taken.iter().map(|t| t.overlap(&r)).sum::<f64>() + 4.0 * (r.w * r.h - r.overlap(&inside))
             };
             let best = spots.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))).copied().unwrap_or(spots[0]);
@@ -229,7 +238,7 @@ impl Plot<'_> {
         let mut middles: Vec<f64> = ended.iter().map(|s| y.at(s.points.last().map_or(0.0, |p| p.y))).collect();
         spread(&mut middles, top, height - bottom);
         for (series, middle) in ended.into_iter().zip(middles) {
-            text(&mut s, WIDTH - right + 8.0, middle + 4.0, "start", &format!("label {}", series.class), &series.label);
+            text(&mut s, width - right + 8.0, middle + 4.0, "start", &format!("label {}", series.class), &series.label);
         }
         s.push_str("</svg>");
         s
@@ -258,7 +267,7 @@ pub fn dots(about: &str, x_label: &str, note_label: &str, rows: &[Dot]) -> Strin
     let (low, high) = if low.is_finite() { (low / 2.0, high * 2.0) } else { (1e-3, 1.0) };
     let x = Scale { log: true, low, high, start: left, end: WIDTH - right };
     let mut s = String::new();
-    open(&mut s, height, about);
+    open(&mut s, WIDTH, height, about);
     let (top, bottom) = (24.0, height - 44.0);
     for v in x.ticks() {
         let at = x.at(v);
@@ -309,7 +318,7 @@ pub fn bits(about: &str, strips: &[Strip]) -> String {
     let height = top + row * strips.len() as f64 + 40.0;
     let across = WIDTH - left - right;
     let mut s = String::new();
-    open(&mut s, height, about);
+    open(&mut s, WIDTH, height, about);
     text(&mut s, left - 6.0, 14.0, "end", "axis", "layer");
     text(&mut s, WIDTH - 52.0, 14.0, "end", "axis", "rank");
     text(&mut s, WIDTH - 2.0, 14.0, "end", "axis", "bits/val.");

@@ -216,7 +216,12 @@ fn contenders(options: &Options) -> Result<Vec<Contender>> {
         }
     }
     let files = options.palu.iter().map(|s| parse_palu(s)).collect::<Result<Vec<_>>>()?;
-    let is_one_file = files.windows(2).all(|w| w[0].0 == w[1].0);
+    let mut names: Vec<PathBuf> = Vec::new();
+    for (path, _) in &files {
+        if !names.contains(path) {
+            names.push(path.clone());
+        }
+    }
     for (path, bits) in files {
         let file = ProjectionFile::read(&path)?;
         let projection = file.at(bits)?;
@@ -224,12 +229,12 @@ fn contenders(options: &Options) -> Result<Vec<Contender>> {
         if all.iter().any(|c| c.key == key) {
             continue;
         }
-        let name = if is_one_file { "palu".into() } else { path.file_stem().unwrap_or_default().to_string_lossy() };
         let budget = if bits > 0.0 { bits } else { projection.meta.bits_per_value };
-        let mut label = format!("{name} {budget}");
-        while all.iter().any(|c| c.label == label) {
-            label.push('\'');
-        }
+        // several files are told apart by letters, because their names are often long
+        let label = match names.iter().position(|n| *n == path) {
+            Some(i) if names.len() > 1 => format!("palu {} {budget}", (b'A' + i as u8 % 26) as char),
+            _ => format!("palu {budget}"),
+        };
         all.push(Contender { label, cache: Cache::Palu { file: path, bits }, key, projection: Some(projection) });
     }
     Ok(all)

@@ -1,7 +1,7 @@
 //! The page: one HTML file with everything in it.
 
 use super::chart::{bits, dots, escape, Dot, Plot, Point, Series, Strip};
-use super::report::{bytes, small, Divergence, Report};
+use super::report::{bytes, error, small, Divergence, Report};
 use super::run::{DECODE, PREFILL};
 use super::windows::{first_counted, Kind, PASSAGE};
 use crate::convert::host::Cache;
@@ -60,7 +60,7 @@ fn families(report: &Report) -> Vec<(String, Vec<usize>)> {
 fn against_bytes(report: &Report, t: usize, title: &str, what: &str, f: impl Fn(&Divergence) -> (f64, f64)) -> String {
     let mut series = Vec::new();
     for (line, members) in families(report) {
-        let value = |c: usize| report.divergence(t, c).map(|d| f(d));
+        let value = |c: usize| report.divergence(t, c).map(&f);
         let point = |c: usize, label: &str| {
             let (y, error) = value(c)?;
             let hint = format!("{}: {} at {:.1}% of f16's bytes", report.contenders[c].label, small(y), report.percent(c));
@@ -74,6 +74,7 @@ fn against_bytes(report: &Report, t: usize, title: &str, what: &str, f: impl Fn(
         }
     }
     let plot = Plot {
+        narrow: true,
         about: format!("{title} of each cache against its bytes, {}", report.texts[t].name),
         x_label: "bytes, % of the f16 cache",
         y_label: what,
@@ -104,6 +105,7 @@ fn along_position(report: &Report, t: usize) -> String {
         series.push(Series { class: class(report, c), label: label(report, c).to_owned(), points, round: report.is_palu(c), line: true });
     }
     let plot = Plot {
+        narrow: false,
         about: format!("Mean divergence along the position, {}", report.texts[t].name),
         x_label: "position in the chunk, tokens",
         y_label: "mean KLD, nats per token (log scale)",
@@ -112,7 +114,7 @@ fn along_position(report: &Report, t: usize) -> String {
         x_from: 0.0,
         x_to: cut.chunk as f64,
         series,
-        shade: Some((0.0, first_counted(cut.chunk) as f64, "not counted in the figures")),
+        shade: Some((0.0, first_counted(cut.chunk) as f64, "not counted")),
     };
     figure(&format!("On {}", report.texts[t].name), &plot.svg(), "")
 }
@@ -199,6 +201,7 @@ fn speed(report: &Report, title: &str, decode: bool) -> String {
         series.push(Series { class: class(report, c), label: label(report, c).to_owned(), points, round: report.is_palu(c), line: true });
     }
     let plot = Plot {
+        narrow: false,
         about: format!("{title} against depth"),
         x_label: "depth: tokens already in the cache",
         y_label: "tokens per second",
@@ -215,7 +218,7 @@ fn speed(report: &Report, title: &str, decode: bool) -> String {
 fn table(report: &Report, t: usize) -> String {
     let has_recall = report.recall(t, 0).is_some();
     let head = [
-        "cache", "bytes per token", "of f16", "mean KLD", "median", "99%", "99.9%", "max", "perplexity", "same top token",
+        "cache", "bytes/token", "of f16", "mean KLD", "median", "99.9%", "perplexity", "same top token",
     ];
     let mut s = String::from("<div class=\"scroll\"><table><thead><tr>");
     for h in head.into_iter().chain(["recall KLD", "recall hits"].into_iter().filter(|_| has_recall)) {
@@ -226,23 +229,21 @@ fn table(report: &Report, t: usize) -> String {
         let Some(d) = report.divergence(t, c) else { continue };
         let _ = write!(
             s,
-            "<tr class=\"{}{}\"><th scope=\"row\">{}</th><td>{:.0}</td><td>{:.1}%</td><td>{} ± {}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{:.3}</td><td>{:.2}%</td>",
+            "<tr class=\"{}{}\"><th scope=\"row\">{}</th><td>{:.0}</td><td>{:.1}%</td><td>{} <small>± {}</small></td><td>{}</td><td>{}</td><td>{:.3}</td><td>{:.2}%</td>",
             class(report, c),
             if report.is_palu(c) { " palu" } else { "" },
             escape(label(report, c)),
             report.bytes_per_token(c),
             report.percent(c),
             small(d.mean),
-            small(d.mean_error),
+            error(d.mean_error),
             small(d.median),
-            small(d.p99),
             small(d.p999),
-            small(d.max),
             d.ppl,
             100.0 * d.same_top
         );
         if let Some(r) = report.recall(t, c) {
-            let _ = write!(s, "<td>{} ± {}</td><td>{:.1}%</td>", small(r.mean), small(r.mean_error), 100.0 * r.hit);
+            let _ = write!(s, "<td>{} <small>± {}</small></td><td>{:.1}%</td>", small(r.mean), error(r.mean_error), 100.0 * r.hit);
         }
         s.push_str("</tr>");
     }
@@ -251,11 +252,13 @@ fn table(report: &Report, t: usize) -> String {
 }
 
 fn speed_table(report: &Report) -> String {
-    let mut s = String::from("<div class=\"scroll\"><table><thead><tr><th scope=\"col\">tokens per second</th>");
-    for what in ["decode", "prompt"] {
-        for d in &report.depths {
-            let _ = write!(s, "<th scope=\"col\">{what} @{d}</th>");
-        }
+    let mut s = String::from("<div class=\"scroll\"><table><thead><tr><th scope=\"col\" rowspan=\"2\">tokens per second</th>");
+    for what in ["decoding at depth", "reading a prompt at depth"] {
+        let _ = write!(s, "<th scope=\"colgroup\" colspan=\"{}\">{what}</th>", report.depths.len());
+    }
+    s.push_str("</tr><tr>");
+    for d in report.depths.iter().chain(&report.depths) {
+        let _ = write!(s, "<th scope=\"col\">{d}</th>");
     }
     s.push_str("</tr></thead><tbody>");
     let Some(f16) = &report.speed[0] else { return String::new() };
@@ -269,7 +272,7 @@ fn speed_table(report: &Report) -> String {
             escape(label(report, c))
         );
         for (v, base) in own.decode.iter().chain(&own.prefill).zip(f16.decode.iter().chain(&f16.prefill)) {
-            let _ = write!(s, "<td>{v:.0} <span class=\"soft\">({:.2}x)</span></td>", v / base);
+            let _ = write!(s, "<td>{v:.0}<br><small>{:.2}x</small></td>", v / base);
         }
         s.push_str("</tr>");
     }
@@ -285,7 +288,7 @@ pub fn html(report: &Report) -> String {
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
          <link rel=\"icon\" href=\"data:,\"><title>KV caches compared on {model}</title><style>\n{STYLE}</style></head><body><main>\n"
     );
-    let _ = write!(s, "<h1>What each KV cache costs {model}, and what it saves</h1>\n<p class=\"facts\">");
+    let _ = write!(s, "<h1>KV caches compared on {model}</h1>\n<p class=\"facts\">");
     let mut facts = vec![
         report.model_file.clone(),
         format!("{}, {} layers", report.model.arch, report.model.n_layer),
@@ -331,16 +334,16 @@ pub fn html(report: &Report) -> String {
     if recalls.is_empty() {
         s.push_str("<p>Not measured: it takes a context of at least 1513 tokens, and texts that fill it.</p>");
     } else {
-        let _ = write!(
+        let _ = writeln!(
             s,
-            "<p>A passage is repeated far behind itself. To predict the repeat, the model has to read it out of the cache, so damage to old keys and values shows here first.</p><div class=\"row\">{}</div>\n",
+            "<p>A passage is repeated far behind itself. To predict the repeat, the model has to read it out of the cache, so damage to old keys and values shows here first.</p><div class=\"row\">{}</div>",
             recalls.concat()
         );
     }
 
-    let _ = write!(
+    let _ = writeln!(
         s,
-        "<h2>Divergence along the position</h2><p>Does the error grow with the length of the text? Each point is the mean over a sixteenth of the chunk.</p><div class=\"row\">{}</div>\n",
+        "<h2>Divergence along the position</h2><p>Does the error grow with the length of the text? Each point is the mean over a sixteenth of the chunk. The shaded first half, where little is in the cache yet, does not count in the figures above.</p><div class=\"row\">{}</div>",
         (0..report.texts.len()).map(|t| along_position(report, t)).collect::<String>()
     );
 
@@ -370,8 +373,9 @@ pub fn html(report: &Report) -> String {
     if !report.depths.is_empty() {
         let _ = write!(
             s,
-            "<h2>Speed against depth</h2><p>Up is better. Medians of {} rounds in which the caches took turns, on {} threads; other machines have other ratios.</p><div class=\"row\">",
-            report.speed_rounds, report.n_thread
+            "<h2>Speed against depth</h2><p>Higher is better. {}, on {} threads; other machines have other ratios.</p><div class=\"row\">",
+            if report.speed_rounds == 1 { "One round".to_owned() } else { format!("Medians of {} rounds in which the caches took turns", report.speed_rounds) },
+            report.n_thread
         );
         s += &speed(report, &format!("Decoding, {DECODE} tokens one at a time"), true);
         s += &speed(report, &format!("Reading a prompt of {PREFILL} tokens"), false);

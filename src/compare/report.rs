@@ -173,6 +173,18 @@ pub fn small(x: f64) -> String {
     format!("{x:.digits$}")
 }
 
+/// An error: one significant digit.
+pub fn error(x: f64) -> String {
+    if x > 0.0 && x < 1.0 {
+        let digits = -x.log10().floor() as usize;
+        if digits > 5 {
+            return format!("{x:.0e}");
+        }
+        return format!("{x:.digits$}");
+    }
+    format!("{x:.0}")
+}
+
 /// Bytes in a unit that people read.
 pub fn bytes(n: f64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
@@ -236,6 +248,15 @@ impl Report {
 
     pub fn is_palu(&self, c: usize) -> bool {
         self.contenders[c].projection.is_some()
+    }
+
+    /// Projection files.
+    fn n_file(&self) -> usize {
+        let files = self.contenders.iter().filter_map(|c| match &c.cache {
+            Cache::Palu { file, .. } => Some(file),
+            Cache::Stock(_) => None,
+        });
+        files.collect::<std::collections::BTreeSet<_>>().len()
     }
 
     pub fn find_stock(&self, kind: &str) -> Option<usize> {
@@ -378,6 +399,9 @@ impl Report {
         for c in self.shown().into_iter().filter(|&c| self.is_palu(c)) {
             let label = &self.contenders[c].label;
             let mut first = format!("At {:.1}% of the f16 cache's bytes, {label}", self.percent(c));
+            if let (Cache::Palu { file, .. }, true) = (&self.contenders[c].cache, self.n_file() > 1) {
+                let _ = write!(first, " ({})", file.file_name().unwrap_or_default().to_string_lossy());
+            }
             let mut rest = Vec::new();
             for t in 0..self.texts.len() {
                 let Some(d) = self.divergence(t, c) else { continue };
@@ -474,7 +498,7 @@ impl Report {
             s += &aligned(&rows);
         }
         if !self.depths.is_empty() {
-            let _ = writeln!(s, "\ntokens per second (median of {} rounds): decoding, and a prompt of {PREFILL}, after so many tokens", self.speed_rounds);
+            let _ = writeln!(s, "\ntokens per second ({}): decoding, and a prompt of {PREFILL}, after so many tokens", if self.speed_rounds == 1 { "one round".to_owned() } else { format!("median of {} rounds", self.speed_rounds) });
             let head = |what: &str| self.depths.iter().map(|d| format!("{what} @{d}")).collect::<Vec<_>>();
             let mut rows = vec![[vec!["cache".to_owned()], head("decode"), head("prompt")].concat()];
             for c in self.shown() {
@@ -536,6 +560,7 @@ mod tests {
     #[test]
     fn numbers_as_people_read_them() {
         assert_eq!([0.0, 0.002_561, 0.1063, 1.2345, 12.345, 123.45, 0.000_012_3].map(small), ["0", "0.00256", "0.106", "1.23", "12.3", "123", "1.2e-5"]);
+        assert_eq!([0.0, 0.000_118, 0.000_007_1, 0.25].map(error), ["0", "0.0001", "7e-6", "0.2"]);
         assert_eq!([1.0, 0.5, 2.345, 12.3].map(two), ["1.0", "0.50", "2.3", "12"]);
         assert_eq!([100.0, 2048.0, 3.5 * 1048576.0].map(bytes), ["100 bytes", "2.0 KiB", "3.5 MiB"]);
         assert_eq!(quoted("a b"), "'a b'");

@@ -150,7 +150,7 @@ impl Runner<'_> {
     /// # Safety
     /// As [`Model::open`].
     unsafe fn model(&mut self, contender: usize, n_ctx: usize) -> Result<&Model<'static>> {
-        if !self.loaded.as_ref().is_some_and(|l| (l.0, l.1) == (contender, n_ctx)) {
+        if self.loaded.as_ref().is_none_or(|l| (l.0, l.1) != (contender, n_ctx)) {
             self.loaded = None;
             let load = Load {
                 path: &self.options.model,
@@ -396,8 +396,8 @@ pub(super) unsafe fn measure(
     drop(tokens);
 
     for round in 0..n_round {
-        for (c, contender) in contenders.iter().enumerate() {
-            if speed[c][round].is_some() || matches!(caches[c], Some(Err(_))) {
+        for (c, (contender, rounds)) in contenders.iter().zip(&mut speed).enumerate() {
+            if rounds[round].is_some() || matches!(caches[c], Some(Err(_))) {
                 continue;
             }
             runner.say(|| format!("{}: speed, round {} of {n_round}", contender.label, round + 1));
@@ -411,7 +411,7 @@ pub(super) unsafe fn measure(
             };
             let result = time(m, &depths)?;
             parts.put("speed", &speed_key(contender, round), &result.to_json())?;
-            speed[c][round] = Some(result);
+            rounds[round] = Some(result);
             runner.add(speed_cost);
         }
     }
