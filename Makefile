@@ -3,14 +3,15 @@
 # make llama   the patched llama.cpp, in build/llama.cpp/bin/
 # make cuda    nvcc from Python wheels, where there is no CUDA toolkit: the kernels are compiled, if not run
 # make bench   criterion and llama-bench
-# make bench-cuda  llama-bench on an NVIDIA GPU (LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON make llama first; needs numpy)
+# make bench-cuda  llama-bench on an NVIDIA GPU (LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON make llama first)
+# make quality measures what each part of the converter is worth, and writes docs/quality.md (hours; resumable)
 # make docs    regenerates the measured and generated parts of docs/
 
 CARGO ?= cargo
 PYTHON ?= python3
 LIB := target/release/libpalu.a
 
-.PHONY: all lib cuda llama demo test bench bench-cuda docs clean
+.PHONY: all lib cuda llama demo test bench bench-cuda quality docs clean
 
 all: llama
 
@@ -38,6 +39,10 @@ bench: llama
 bench-cuda:
 	$(CARGO) build --release --example random_projection
 	$(PYTHON) scripts/bench_cuda.py
+
+quality: llama
+	$(PYTHON) scripts/llama.py build llama-quantize
+	$(PYTHON) scripts/quality.py
 
 docs: llama
 	PALU_WRITE_DOCS=1 $(CARGO) test --release --test architectures

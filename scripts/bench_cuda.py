@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """`make bench-cuda`: llama-bench on an NVIDIA GPU with a model of an 8B's shape, stock caches beside palu, in one run.
 
-usage: bench_cuda.py [--layers N] [--depths D,D,...] [--rounds N]
+usage: bench_cuda.py [--depths D,D,...] [--prompt N] [--rounds N]
 
-The model has random weights (q4_0) and the projection file random bases with the ranks and bits of a trained model's: speed and
+The model has random weights (q4_K) and the projection file random bases with the ranks and bits of a trained model's: speed and
 memory are real, words are not. Prints Markdown; docs/performance.md holds what it printed, and where.
 """
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / "build" / "llama.cpp" / "bin"
 WORK = ROOT / "build" / "bench-cuda"
-MODEL, PROJECTION = WORK / "8b-q4_0.gguf", WORK / "8b.palu.gguf"
-N_HEAD_KV, HEAD_DIM = 8, 128
+MODEL, PROJECTION = WORK / "8b.gguf", WORK / "8b.palu.gguf"
+N_LAYER, N_HEAD_KV, HEAD_DIM = 32, 8, 128
 BUDGETS = [2.25, 1.6]
 GIB = 2**30
 
@@ -30,21 +30,21 @@ def output(command, check=True):
     return result.stdout
 
 
-def projection(layers, identity):
+def projection(identity):
     example = ROOT / "target" / "release" / "examples" / "random_projection"
-    return output([example, PROJECTION, "llama", identity, layers, N_HEAD_KV, HEAD_DIM, N_HEAD_KV, max(BUDGETS)])
+    return output([example, PROJECTION, "llama", identity, N_LAYER, N_HEAD_KV, HEAD_DIM, N_HEAD_KV, max(BUDGETS)])
 
 
-def prepare(layers):
+def prepare():
     WORK.mkdir(parents=True, exist_ok=True)
-    output([sys.executable, ROOT / "scripts" / "random_model.py", MODEL, "--shape", "8b", "--type", "q4_0", "--layers", layers])
-    projection(layers, "0")
+    output([sys.executable, ROOT / "scripts" / "random_model.py", "gqa-8b", MODEL])
+    projection("0")
     # a projection file names its model; the message about a wrong one names the right one
     refused = output([BIN / "llama-completion", "-m", MODEL, "-no-cnv", "-p", "a", "-n", "1", "--palu", PROJECTION], check=False)
     identity = re.search(r"this model is ([0-9a-f]{16})", refused)
     if not identity:
         sys.exit(f"bench-cuda: the model was not identified:\n{refused[-2000:]}")
-    print(projection(layers, identity[1]), file=sys.stderr)
+    print(projection(identity[1]), file=sys.stderr)
 
 
 def bench(cache, *args):
@@ -59,13 +59,12 @@ def row(cells):
 
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--depths", default="0,16384,65536,131072")
     parser.add_argument("--prompt", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
-    prepare(args.layers)
-    values = 2*args.layers*N_HEAD_KV*HEAD_DIM
+    prepare()
+    values = 2*N_LAYER*N_HEAD_KV*HEAD_DIM
     caches = [("f16", 16, []), ("q8_0", 8.5, ["-ctk", "q8_0", "-ctv", "q8_0"]), ("q4_0", 4.5, ["-ctk", "q4_0", "-ctv", "q4_0"])]
     caches += [(f"palu {b:g}", b, ["--palu", PROJECTION, "--palu-bits", f"{b:g}"]) for b in BUDGETS]
     samples = {}

@@ -1,120 +1,136 @@
 #!/usr/bin/env python3
-"""Writes a llama model of random weights in a real model's shape, for tests of size and speed. Needs numpy.
+"""Writes a GGUF of the llama architecture with random weights in Q4_K: a model of a real one's size without its download.
 
-usage: random_model.py OUT.gguf [--shape 8b|7b] [--type q4_0|q4_k|q8_0] [--layers N] [--seed N]
+    random_model.py SHAPE OUTPUT.gguf      SHAPE: mha-7b (32 layers of 32 heads of 128) or gqa-8b (32 layers, 8 KV heads)
 
-  8b  32 layers, 32 heads over 8 KV heads of 128 dimensions (grouped queries), feed-forward 14336
-  7b  32 layers, 32 heads of 128 dimensions (multi-head), feed-forward 11008
-
-The vocabulary has 32768 tokens and no text: `palu convert --calibration self` and llama-bench need none. The same
-arguments give the same file.
+The vocabulary is byte level and small, so that any text can be tokenized and logits cost nothing. Blocks of random bits with
+scales for weights of deviation 1/sqrt(n_in): what the model says is noise, what it costs to run and to convert is not.
+All matrices are cut from one bank of blocks, each at another place, no matrix with a block twice where the bank is as large.
+4 to 5 GB are written in about a minute.
 """
-import argparse
+import math
+import random
 import struct
 import sys
 
-import numpy as np
-
-SHAPES = {"8b": dict(n_head_kv=8, n_ff=14336), "7b": dict(n_head_kv=32, n_ff=11008)}
-N_EMBD, N_HEAD, HEAD_DIM, N_VOCAB, N_CTX = 4096, 32, 128, 32768, 131072
-ALIGN = 32
-
-# ggml type, file type, values and bytes of a block, and how a block of standard deviation `std` is written over random bytes
-F32 = 0
-
-
-def f16(x):
-    return np.frombuffer(np.float16(x).tobytes(), np.uint8)
+SHAPES = {
+    "mha-7b": {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_head_kv": 32, "n_ff": 11008},
+    "gqa-8b": {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_head_kv": 8, "n_ff": 14336},
+}
+F32, Q4_K = 0, 12  # ggml_type
+BLOCK, BLOCK_BYTES = 256, 144
+ALIGNMENT = 32
+BANK_BLOCKS = 1 << 18
 
 
-def q4_0(blocks, std):
-    blocks[:, 0:2] = f16(std/4.61)  # uniform on -8..7
+def gguf_string(text):
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
 
 
-def q8_0(blocks, std):
-    blocks[:, 0:2] = f16(std/73.9)  # uniform on -128..127
+class I32(int):
+    """An integer that GGUF has as i32; others are u32."""
 
 
-def q4_k(blocks, std):
-    # all scales and minima are 32 of 63: x = 32*d*q - 32*dmin
-    blocks[:, 0:2] = f16(std/(32*4.61))
-    blocks[:, 2:4] = f16(7.5*std/(32*4.61))
-    blocks[:, 4:12] = 160
-    blocks[:, 12:16] = 0
-
-
-TYPES = {"q4_0": (2, 2, 32, 18, q4_0), "q8_0": (8, 7, 32, 34, q8_0), "q4_k": (12, 15, 256, 144, q4_k)}
-
-
-def string(s):
-    s = s.encode()
-    return struct.pack("<Q", len(s)) + s
-
-
-def key(name, value):
+def gguf_value(value):
+    """Type and bytes of a value; lists are arrays of their first element's type."""
     if isinstance(value, str):
-        return string(name) + struct.pack("<I", 8) + string(value)
+        return 8, gguf_string(value)
     if isinstance(value, float):
-        return string(name) + struct.pack("<If", 6, value)
-    return string(name) + struct.pack("<II", 4, value)
+        return 6, struct.pack("<f", value)
+    if isinstance(value, I32):
+        return 5, struct.pack("<i", value)
+    if isinstance(value, int):
+        return 4, struct.pack("<I", value)
+    kinds = [gguf_value(v) for v in value]
+    return 9, struct.pack("<IQ", kinds[0][0], len(kinds)) + b"".join(k[1] for k in kinds)
+
+
+def byte_level_alphabet():
+    """A printable character for each byte, as byte-level BPE vocabularies write them (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(b if b in printable else next(spare)) for b in range(256)]
+
+
+def q4_k_bank(n_in):
+    """Blocks of [d, dmin, 12 bytes of 6-bit scales and minima, 128 bytes of 4-bit codes]: about uniform, deviation 1/sqrt(n_in)."""
+    # all scales and minima 32: six bits in each of the first eight bytes, the last four sub-blocks' high bits above them
+    scales = bytes([32 | 0x80] * 8 + [0] * 4)
+    step = math.sqrt(12 / n_in) / 15 / 32
+    head = struct.pack("<ee", step, 7.5 * step) + scales
+    generator = random.Random(n_in)
+    return b"".join(head + generator.randbytes(BLOCK_BYTES - len(head)) for _ in range(BANK_BLOCKS))
 
 
 def main():
-    parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("out")
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--type", choices=TYPES, default="q4_k")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    shape, (ggml_type, file_type, block_values, block_bytes, fill) = SHAPES[args.shape], TYPES[args.type]
-    n_embd_kv = shape["n_head_kv"]*HEAD_DIM
+    if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
+        sys.exit(__doc__)
+    shape, path = SHAPES[sys.argv[1]], sys.argv[2]
+    n_embd, head_dim = shape["n_embd"], shape["n_embd"] // shape["n_head"]
+    tokens = byte_level_alphabet()
+    tokens += [f"<unused{i}>" for i in range(512 - len(tokens))]
+    keys = {
+        "general.architecture": "llama",
+        "general.name": f"random {sys.argv[1]}",
+        "llama.block_count": shape["n_layer"],
+        "llama.context_length": 131072,
+        "llama.embedding_length": n_embd,
+        "llama.feed_forward_length": shape["n_ff"],
+        "llama.attention.head_count": shape["n_head"],
+        "llama.attention.head_count_kv": shape["n_head_kv"],
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.dimension_count": head_dim,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": len(tokens),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [I32(1)] * len(tokens),
+        # a vocabulary without merges is refused: one that joins two spaces, which become bytes no other way
+        "tokenizer.ggml.merges": [f"{tokens[32]} {tokens[32]}"],
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+    }
+    tensors = [("token_embd.weight", [n_embd, len(tokens)], Q4_K), ("output_norm.weight", [n_embd], F32)]
+    tensors += [("output.weight", [n_embd, len(tokens)], Q4_K)]
+    n_kv = shape["n_head_kv"] * head_dim
+    for i in range(shape["n_layer"]):
+        matrices = {
+            "attn_q": [n_embd, n_embd], "attn_k": [n_embd, n_kv], "attn_v": [n_embd, n_kv], "attn_output": [n_embd, n_embd],
+            "ffn_gate": [n_embd, shape["n_ff"]], "ffn_up": [n_embd, shape["n_ff"]], "ffn_down": [shape["n_ff"], n_embd],
+        }
+        tensors += [(f"blk.{i}.{name}.weight", ne, Q4_K) for name, ne in matrices.items()]
+        tensors += [(f"blk.{i}.{name}.weight", [n_embd], F32) for name in ("attn_norm", "ffn_norm")]
 
-    keys = [
-        ("general.architecture", "llama"), ("general.name", f"random {args.shape}"), ("general.file_type", file_type),
-        ("llama.block_count", args.layers), ("llama.context_length", N_CTX), ("llama.embedding_length", N_EMBD),
-        ("llama.feed_forward_length", shape["n_ff"]), ("llama.attention.head_count", N_HEAD),
-        ("llama.attention.head_count_kv", shape["n_head_kv"]), ("llama.rope.dimension_count", HEAD_DIM),
-        ("llama.rope.freq_base", 500000.0), ("llama.attention.layer_norm_rms_epsilon", 1e-5), ("llama.vocab_size", N_VOCAB),
-        ("tokenizer.ggml.model", "no_vocab"),
-    ]
-    tensors = [("token_embd.weight", N_EMBD, N_VOCAB, 1.0)]
-    for i in range(args.layers):
-        w = lambda name, n_in, n_out: tensors.append((f"blk.{i}.{name}.weight", n_in, n_out, n_in**-0.5))
-        tensors.append((f"blk.{i}.attn_norm.weight", N_EMBD, 0, 0.0))
-        w("attn_q", N_EMBD, N_EMBD)
-        w("attn_k", N_EMBD, n_embd_kv)
-        w("attn_v", N_EMBD, n_embd_kv)
-        w("attn_output", N_EMBD, N_EMBD)
-        tensors.append((f"blk.{i}.ffn_norm.weight", N_EMBD, 0, 0.0))
-        w("ffn_gate", N_EMBD, shape["n_ff"])
-        w("ffn_up", N_EMBD, shape["n_ff"])
-        w("ffn_down", shape["n_ff"], N_EMBD)
-    tensors.append(("output_norm.weight", N_EMBD, 0, 0.0))
-    tensors.append(("output.weight", N_EMBD, N_VOCAB, N_EMBD**-0.5))
+    def n_bytes(ne, kind):
+        n = math.prod(ne)
+        return 4 * n if kind == F32 else n // BLOCK * BLOCK_BYTES
 
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(key(*k) for k in keys)
-    offset, sizes = 0, []
-    for name, n_in, n_out, _ in tensors:
-        size = n_in*4 if n_out == 0 else n_in*n_out//block_values*block_bytes
-        dims = [n_in] if n_out == 0 else [n_in, n_out]
-        head += string(name) + struct.pack("<I", len(dims)) + struct.pack(f"<{len(dims)}Q", *dims)
-        head += struct.pack("<IQ", F32 if n_out == 0 else ggml_type, offset)
-        sizes.append(size)
-        offset += (size + ALIGN - 1)//ALIGN*ALIGN
-
-    rng = np.random.Generator(np.random.SFC64(args.seed))
-    with open(args.out, "wb") as f:
-        f.write(head + bytes(-len(head) % ALIGN))
-        for (name, n_in, n_out, std), size in zip(tensors, sizes):
-            if n_out == 0:
-                f.write(np.ones(n_in, np.float32).tobytes())
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
+    for key, value in keys.items():
+        kind, data = gguf_value(value)
+        head += gguf_string(key) + struct.pack("<I", kind) + data
+    offset = 0
+    for name, ne, kind in tensors:
+        head += gguf_string(name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, kind, offset)
+        offset += -(-n_bytes(ne, kind) // ALIGNMENT) * ALIGNMENT
+    banks = {n: q4_k_bank(n) for n in {ne[0] for _, ne, kind in tensors if kind == Q4_K}}
+    generator = random.Random(1)
+    with open(path, "wb") as file:
+        file.write(head + bytes(-len(head) % ALIGNMENT))
+        for name, ne, kind in tensors:
+            if kind == F32:
+                file.write(struct.pack("<f", 1.0) * ne[0])
             else:
-                blocks = np.frombuffer(rng.bytes(size), np.uint8).reshape(-1, block_bytes).copy()
-                fill(blocks, std)
-                f.write(blocks.tobytes())
-            f.write(bytes(-size % ALIGN))
-    print(f"{args.out}: {args.shape}, {args.type}, {(offset + len(head))/2**30:.2f} GiB", file=sys.stderr)
+                bank, left = banks[ne[0]], math.prod(ne) // BLOCK
+                at = generator.randrange(BANK_BLOCKS)
+                while left > 0:
+                    n = min(left, BANK_BLOCKS - at)
+                    file.write(memoryview(bank)[at * BLOCK_BYTES:(at + n) * BLOCK_BYTES])
+                    at, left = 0, left - n
+            file.write(bytes(-file.tell() % ALIGNMENT))
+    print(f"wrote {path}: {sum(n_bytes(ne, kind) for _, ne, kind in tensors) / 1e9:.1f} GB")
 
 
-main()
+if __name__ == "__main__":
+    main()

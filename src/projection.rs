@@ -584,6 +584,54 @@ mod tests {
         assert_eq!(bytes, file.to_bytes(), "the same projection gives the same bytes");
     }
 
+    /// Bytes with `from` replaced by `to`, of the same length, behind a valid checksum.
+    fn altered(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+        let at = bytes.windows(from.len()).position(|w| w == from).expect("it is there");
+        let mut bytes = bytes.to_vec();
+        bytes[at..at + to.len()].copy_from_slice(to);
+        let sum = checksum(&bytes);
+        bytes[CHECKSUM_AT..CHECKSUM_AT + 8].copy_from_slice(&sum.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn files_of_version_1_are_read() {
+        let mut file = sample();
+        file.meta.budgets = vec![4.0];
+        file.layers.iter_mut().flat_map(|l| &mut l.sides).for_each(|s| s.weight = vec![0.25]);
+        // the budgets' key is unknown to version 1, like any other key
+        let version = |v: u32| [b"palu.version".as_slice(), &4u32.to_le_bytes(), &v.to_le_bytes()].concat();
+        let old = altered(&file.to_bytes(), &version(2), &version(1));
+        assert_eq!(ProjectionFile::from_bytes(&old).unwrap(), file);
+        let new = altered(&file.to_bytes(), &version(2), &version(3));
+        assert!(ProjectionFile::from_bytes(&new).unwrap_err().to_string().contains("version 3"));
+    }
+
+    #[test]
+    fn an_allocation_of_its_own_is_kept_and_serves_one_budget() {
+        let mut file = sample();
+        for group in file.layers.iter_mut().flat_map(|l| &mut l.sides).flat_map(|s| &mut s.groups) {
+            group.bits = vec![3; group.variance.len() / SEGMENT];
+        }
+        let real = file.allocation(0.0).bits_per_value(&file.spectra(0.0));
+        assert!(ProjectionFile::from_bytes(&file.to_bytes()).is_err(), "it takes another number of bits than it says");
+        (file.meta.bits_per_value, file.meta.budgets[1]) = (real, real);
+        file.meta.budgets[0] = real / 2.0;
+        let read = ProjectionFile::from_bytes(&file.to_bytes()).unwrap();
+        assert_eq!(read, file);
+        let p = read.at(0.0).unwrap();
+        assert_eq!(p.bits_per_value, real);
+        assert!(p.layers.iter().flat_map(|l| &l.sides).flat_map(|s| &s.groups).all(|g| g.bits.iter().all(|&b| b == 3)));
+        assert!(read.at(real / 2.0).is_err());
+    }
+
+    #[test]
+    fn weights_lie_between_those_of_the_budgets_around() {
+        let nodes = [1.0, 2.0, 4.0];
+        let weight = |x| interpolated(&nodes, &[10.0, 20.0, 0.0], x);
+        assert_eq!([0.5, 1.0, 1.5, 2.0, 3.0, 4.0].map(weight), [10.0, 10.0, 15.0, 20.0, 10.0, 0.0]);
+    }
+
     #[test]
     fn a_change_of_any_byte_is_refused() {
         let bytes = sample().to_bytes();

@@ -142,18 +142,19 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("stats");
         let shape = LayerShape { n_head: 4, n_head_kv: 2, head_dim_k: 6, head_dim_v: 4, rope: RopeParams::none(), scoring: Scoring::plain(6) };
-        let fresh = || (BTreeMap::from([(1, LayerStats::new(&shape, 1, 4)), (5, LayerStats::new(&shape, 1, 4))]), vec![HeadWeights::new(&shape); 4]);
+        let fresh = || (BTreeMap::from([(1, LayerStats::new(&shape, 1, true, 4)), (5, LayerStats::new(&shape, 1, true, 4))]), vec![HeadWeights::new(&shape); 4]);
         let (layers, weights) = fresh();
-        layers[&5].moments[1].add_weighted(1, &[1.0; 16], &[0.5; 8], &[2.0, 3.0]);
+        let weighted = &layers[&5].attended.as_ref().unwrap()[1];
+        weighted.add_weighted(1, &[1.0; 16], &[0.5; 8], &[2.0, 3.0]);
         let checkpoint = Checkpoint::new(path.clone(), 7);
         checkpoint.save(3, &layers, weights.iter()).unwrap();
 
         let load = |identity: u64| {
             let (mut layers, mut weights) = fresh();
             let n = Checkpoint::new(path.clone(), identity).load(&mut layers, weights.iter_mut());
-            n.map(|n| (n, layers[&5].moments[1].finish()))
+            n.map(|n| (n, layers[&5].attended.as_ref().unwrap()[1].finish()))
         };
-        assert_eq!(load(7), Some((3, layers[&5].moments[1].finish())));
+        assert_eq!(load(7), Some((3, layers[&5].attended.as_ref().unwrap()[1].finish())));
         assert_eq!(load(8), None, "another identity");
         let bytes = std::fs::read(&path).unwrap();
         for i in (0..bytes.len()).step_by(11) {

@@ -37,6 +37,8 @@ pub struct Pass<'a> {
     /// of this pass, with the heads whose channels are looked at together
     pub layers: Vec<(usize, usize)>,
     pub windows: &'a [Vec<i32>],
+    /// whether tokens are also weighted by what attention makes of them
+    pub attended: bool,
     /// every how many positions a query is looked at
     pub sample: usize,
     pub n_thread: usize,
@@ -45,7 +47,7 @@ pub struct Pass<'a> {
 
 impl Pass<'_> {
     fn fresh(&self) -> (BTreeMap<usize, LayerStats>, Vec<HeadWeights>) {
-        let stats = self.layers.iter().map(|&(il, group)| (il, LayerStats::new(&self.shapes[&il], group, self.sample)));
+        let stats = self.layers.iter().map(|&(il, group)| (il, LayerStats::new(&self.shapes[&il], group, self.attended, self.sample)));
         let heads = self.layers.iter().map(|(il, _)| &self.shapes[il]);
         (stats.collect(), heads.flat_map(|s| (0..s.n_head_kv).map(|_| HeadWeights::new(s))).collect())
     }
@@ -125,6 +127,9 @@ impl Pass<'_> {
             let (shape, rope) = tap.layer(layers[i].0);
             stats::lock(&weights[j]).add(g, &shape, &rope, &seen[i], &roots[i])
         });
+        if !self.attended {
+            return;
+        }
         // of each head group, the sum over its heads
         let mut jobs = Vec::new();
         let mut first = 0;
@@ -142,7 +147,7 @@ impl Pass<'_> {
                 }
                 let stats = &layers[&il];
                 let shift = stats.moments[side as usize].shift().unwrap_or_default();
-                stats.attended[side as usize].add_weighted(g, seen[i].side(side), shift, &sum);
+                stats.attended.as_ref().expect("it was asked for")[side as usize].add_weighted(g, seen[i].side(side), shift, &sum);
             });
         });
     }

@@ -8,11 +8,11 @@ use super::host::Model;
 use super::stats::{Change, Mode, Tap};
 use crate::codec::Codec;
 use crate::hash::xxh64;
-use crate::layout::{self, Allocation, MAX_BITS, SEGMENT};
+use crate::layout::{self, Allocation, Spectrum, DISTORTION, MAX_BITS, ROW_ALIGN, SCALE_BYTES, SEGMENT};
 use crate::projection::{GroupFile, ProjectionFile, Side, SideProj, SIDES};
 use anyhow::{ensure, Context, Result};
 use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatMut, Par};
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 use half::f16;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -298,6 +298,7 @@ pub struct Outcome {
 }
 
 struct Search<'s, 'p> {
+    coarse: Option<&'s Coarse>,
     probe: &'s mut Probe<'p>,
     progress: &'s mut dyn FnMut(),
 }
@@ -316,7 +317,7 @@ impl Search<'_, '_> {
     /// Finds weights at `budget`, from `start`, in `rounds` rounds; returns the best candidate with its divergence.
     fn weights(&mut self, file: &ProjectionFile, budget: f64, start: Vec<f64>, effort: &Effort, rounds: usize) -> Result<(Candidate, f64)> {
         let n_row = rows(file).len();
-        let mut best = candidate(file, budget, start);
+        let mut best = candidate(file, self.coarse, budget, start);
         let mut least = self.together(file, &best.allocation)?;
         let mut last: Option<Vec<f64>> = None;
         for _ in 0..rounds {
@@ -337,7 +338,7 @@ impl Search<'_, '_> {
             let before = last.replace(weight.clone()).unwrap_or(at.weight);
             let middle = before.iter().zip(&weight).map(|(a, b)| (a * b).sqrt()).collect();
             for weight in [weight, middle] {
-                let next = candidate(file, budget, weight);
+                let next = candidate(file, self.coarse, budget, weight);
                 let divergence = self.together(file, &next.allocation)?;
                 if divergence < least {
                     (best, least) = (next, divergence);
@@ -353,7 +354,7 @@ impl Search<'_, '_> {
             for factor in [factor, 1.0 / factor] {
                 let mut weight = best.weight.clone();
                 weight[row] *= factor;
-                let next = candidate(file, budget, weight);
+                let next = candidate(file, self.coarse, budget, weight);
                 let divergence = self.together(file, &next.allocation)?;
                 if divergence < *least {
                     (*best, *least) = (next, divergence);
@@ -444,13 +445,85 @@ fn sort_channels(group: &mut GroupFile) {
     group.variance = order.iter().map(|&c| group.variance[c]).collect();
 }
 
+/// Bit widths and channels per width, where they are others than those of [`layout`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Coarse {
+    /// rising, from 0 on
+    pub alphabet: Vec<u8>,
+    /// a multiple of [`SEGMENT`]
+    pub segment: usize,
+}
+
+impl Coarse {
+    /// As [`layout::allocate`], but by the steps that these widths leave: always the one that gains the most per byte.
+    fn allocate(&self, spectra: &[Spectrum], bits_per_value: f64) -> Allocation {
+        let unit = self.segment / SEGMENT;
+        let mut bits: Vec<Vec<u8>> = spectra.iter().map(|s| vec![0; s.variance.len() / SEGMENT]).collect();
+        let mut used = vec![0usize; spectra.iter().map(|s| s.row + 1).max().unwrap_or(0)];
+        spectra.iter().for_each(|s| used[s.row] += SCALE_BYTES);
+        let padded = |bytes: usize| bytes.next_multiple_of(ROW_ALIGN);
+        let values: usize = spectra.iter().map(|s| s.n_value).sum();
+        let budget = (bits_per_value * values as f64 / 8.0) as usize;
+        let energy = |s: usize, u: usize| {
+            let part = spectra[s].variance.chunks(self.segment).nth(u).expect("a unit of the spectrum");
+            (spectra[s].weight * part.iter().map(|&v| f64::from(v)).sum::<f64>(), part.len() / SEGMENT)
+        };
+        // the best step on from `b` bits: gain per byte, bits, bytes
+        let step = |s: usize, u: usize, b: u8| {
+            let (energy, n) = energy(s, u);
+            let gain = |to: u8| energy * (DISTORTION[b as usize] - DISTORTION[to as usize]) / ((to - b) as usize * n) as f64;
+            let to = self.alphabet.iter().copied().filter(|&to| to > b).max_by(|&x, &y| gain(x).total_cmp(&gain(y)))?;
+            (gain(to) > 0.0).then(|| (gain(to), to, (to - b) as usize * n))
+        };
+        let mut next: Vec<Vec<_>> = (0..spectra.len()).map(|s| (0..bits[s].len().div_ceil(unit)).map(|u| step(s, u, 0)).collect()).collect();
+        loop {
+            let places = next.iter().enumerate().flat_map(|(s, units)| units.iter().enumerate().map(move |(u, step)| (s, u, step)));
+            let best = places.filter_map(|(s, u, step)| step.map(|step| (s, u, step))).max_by(|a, b| a.2 .0.total_cmp(&b.2 .0));
+            let Some((s, u, (_, to, bytes))) = best else { break };
+            let row = spectra[s].row;
+            let total: usize = used.iter().enumerate().map(|(r, &b)| padded(b + if r == row { bytes } else { 0 })).sum();
+            // kept channels are a prefix, so what cannot be opened closes all behind it
+            if total > budget || u > 0 && bits[s][(u - 1) * unit] == 0 {
+                next[s][u] = None;
+                continue;
+            }
+            used[row] += bytes;
+            let end = ((u + 1) * unit).min(bits[s].len());
+            bits[s][u * unit..end].fill(to);
+            next[s][u] = step(s, u, to);
+        }
+        Allocation { bits, row_bytes: used.into_iter().map(padded).collect() }
+    }
+}
+
+/// Rotates each `n` neighbouring channels of a group by a Hadamard matrix, so that they have one variance.
+pub fn rotate(group: &mut GroupFile, n: usize) {
+    let d = group.enc.len() / group.variance.len();
+    for start in (0..group.variance.len()).step_by(n) {
+        let n = n.min(group.variance.len() - start);
+        let h = super::published::rotation(n);
+        for rows in [&mut group.enc, &mut group.dec] {
+            let rows = &mut rows[start * d..(start + n) * d];
+            let old = Mat::from_fn(n, d, |c, i| rows[c * d + i].to_f64());
+            let new = super::solve::product(MatRef::from_row_major_slice(&h, n, n), old.as_ref());
+            (0..n * d).for_each(|at| rows[at] = f16::from_f64(new[(at / d, at % d)]));
+        }
+        let part = &mut group.variance[start..start + n];
+        let mean = part.iter().sum::<f32>() / n as f32;
+        part.fill(mean);
+    }
+}
+
 /// The file's allocation at `budget` with these weights.
-fn candidate(file: &ProjectionFile, budget: f64, weight: Vec<f64>) -> Candidate {
+fn candidate(file: &ProjectionFile, coarse: Option<&Coarse>, budget: f64, weight: Vec<f64>) -> Candidate {
     let mut spectra = file.spectra(budget);
     for s in &mut spectra {
         s.weight = weight[s.row];
     }
-    let allocation = layout::allocate(&spectra, budget);
+    let allocation = match coarse {
+        None => layout::allocate(&spectra, budget),
+        Some(coarse) => coarse.allocate(&spectra, budget),
+    };
     Candidate { weight, allocation }
 }
 
@@ -459,12 +532,13 @@ fn candidate(file: &ProjectionFile, budget: f64, weight: Vec<f64>) -> Candidate 
 pub fn settle<'a>(
     file: &mut ProjectionFile,
     effort: &Effort,
+    coarse: Option<&Coarse>,
     probe: &mut Probe<'a>,
     mut progress: impl FnMut(),
 ) -> Result<Outcome> {
     let budget = file.meta.bits_per_value;
     let prior: Vec<f64> = file.layers.iter().flat_map(|l| &l.sides).map(|s| s.weight[0]).collect();
-    let first = candidate(file, budget, prior.clone());
+    let first = candidate(file, coarse, budget, prior.clone());
     let spectra = file.spectra(budget);
     let saturated = spectra.iter().zip(&first.allocation.bits).all(|(s, bits)| {
         s.variance.chunks(SEGMENT).zip(bits).all(|(v, &b)| b as usize == MAX_BITS || v.iter().all(|&v| v == 0.0))
@@ -472,12 +546,12 @@ pub fn settle<'a>(
     if saturated {
         return Ok(Outcome { divergence: Vec::new() });
     }
-    let mut search = Search { probe, progress: &mut progress };
+    let mut search = Search { coarse, probe, progress: &mut progress };
     let (mut best, mut least) = search.weights(file, budget, prior, effort, effort.rounds)?;
     if effort.parts > 0 {
         for damping in [1.0, 0.5] {
             let finer = search.spectrum(file, &best, effort.parts, damping)?;
-            let next = candidate(&finer, budget, best.weight.clone());
+            let next = candidate(&finer, search.coarse, budget, best.weight.clone());
             let divergence = search.together(&finer, &next.allocation)?;
             if divergence < least {
                 (*file, best, least) = (finer, next, divergence);
@@ -488,6 +562,7 @@ pub fn settle<'a>(
     for i in 0..effort.descents {
         search.descend(file, budget, &mut best, &mut least, [1.5, 1.25, 1.12][i.min(2)])?;
     }
+    let best_allocation = best.allocation;
     let mut nodes = vec![(budget, best.weight, least)];
     for _ in 0..effort.budgets {
         let (above, weight, _) = nodes[0].clone();
@@ -503,6 +578,12 @@ pub fn settle<'a>(
     file.meta.budgets = nodes.iter().map(|n| n.0).collect();
     for (row, (i, side)) in rows(file).into_iter().enumerate() {
         file.layers[i].sides[side as usize].weight = nodes.iter().map(|n| n.1[row]).collect();
+    }
+    if coarse.is_some() {
+        let mut bits = best_allocation.bits.into_iter();
+        for group in file.layers.iter_mut().flat_map(|l| &mut l.sides).flat_map(|s| &mut s.groups) {
+            group.bits = bits.next().context("an allocation for every group")?;
+        }
     }
     Ok(Outcome { divergence: nodes.iter().map(|n| n.2).collect() })
 }
@@ -529,6 +610,68 @@ mod tests {
         assert_eq!(weight[2], DIVERGENCE_FLOOR / 0.5);
         // nothing can be measured at all: the prior's proportions stay where they were
         assert_eq!(measured_weights(&[0.0; 4], &[0.0; 4], &prior), prior);
+    }
+
+    fn spectra() -> Vec<Spectrum> {
+        let variance = |r: usize| (0..48).map(|i| (r + 1) as f32 * 0.85f32.powi(i)).collect();
+        (0..4).map(|r| Spectrum { variance: variance(r), weight: 1.0 + r as f64, n_value: 48, row: r / 2 }).collect()
+    }
+
+    #[test]
+    fn coarse_allocations_keep_to_their_widths_and_their_budget() {
+        let spectra = spectra();
+        for (alphabet, segment) in [(vec![0, 2, 4, 8], 8), (vec![0, 3], 16), ((0..=8).collect(), 32), (vec![0, 1, 2, 3, 4, 5, 6, 8], 8)] {
+            let coarse = Coarse { alphabet, segment };
+            for budget in [1.0, 2.25, 4.0] {
+                let a = coarse.allocate(&spectra, budget);
+                let real = a.bits_per_value(&spectra);
+                assert!(real <= budget && real > budget - 0.8, "{coarse:?}: {real} of {budget}");
+                for bits in &a.bits {
+                    assert!(bits.chunks(segment / SEGMENT).all(|unit| unit.iter().all(|b| *b == unit[0] && coarse.alphabet.contains(b))));
+                    assert!(bits.windows(2).all(|w| w[0] > 0 || w[1] == 0), "kept channels are a prefix");
+                }
+                let best = layout::allocate(&spectra, budget);
+                let cost = |a: &Allocation| -> f64 {
+                    spectra.iter().zip(&a.bits).map(|(s, b)| s.weight * layout::distortion(&s.variance, b)).sum()
+                };
+                assert!(cost(&best) <= 1.001 * cost(&a), "{coarse:?} at {budget} is better than without limits");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_cover_a_spectrum_and_projectors_split_an_error() {
+        let variance: Vec<f32> = (0..48).map(|i| 0.85f32.powi(i)).collect();
+        let parts = parts(&variance, &[4, 3, 2, 1, 0, 0], 4);
+        assert!(parts.len() <= 4 && parts[0].start == 0 && parts.last().unwrap().end == 48);
+        assert!(parts.windows(2).all(|w| w[0].end == w[1].start && w[0].end % SEGMENT == 0));
+        // an orthonormal basis: what all parts keep of an error is the error
+        let h = super::super::published::rotation(48);
+        let basis: Vec<f16> = h.iter().map(|&x| f16::from_f64(x)).collect();
+        let all = parts.iter().map(|p| projector(&basis, &basis, 48, p.clone()));
+        let sum = all.reduce(|a, b| a.iter().zip(&b).map(|(a, b)| a + b).collect()).unwrap();
+        assert!((0..48 * 48).all(|at| (sum[at] - f32::from(u8::from(at % 49 == 0))).abs() < 2e-3));
+    }
+
+    /// What is stored decodes to the same token, however its channels are scaled, sorted and rotated.
+    #[test]
+    fn channels_can_be_rescaled_and_rotated() {
+        let h = super::super::published::rotation(16);
+        let basis: Vec<f16> = h.iter().map(|&x| f16::from_f64(x)).collect();
+        let group = GroupFile { variance: (0..16).map(|i| 0.8f32.powi(i)).collect(), enc: basis.clone(), dec: basis, bits: Vec::new() };
+        let identity = |g: &GroupFile| {
+            let m = projector(&g.enc, &g.dec, 16, 0..16);
+            (0..256).all(|at| (m[at] - f32::from(u8::from(at % 17 == 0))).abs() < 4e-3)
+        };
+        let mut scaled = group.clone();
+        scale(&mut scaled, 8..16, 30.0);
+        assert!((scaled.variance[8] / group.variance[8] - 30.0).abs() < 1e-3);
+        sort_channels(&mut scaled);
+        assert!(identity(&scaled) && scaled.variance.windows(2).all(|w| w[0] >= w[1]));
+        let mut rotated = group.clone();
+        rotate(&mut rotated, 8);
+        assert!(identity(&rotated) && rotated.variance[..8].iter().all(|v| *v == rotated.variance[0]));
+        assert!((rotated.variance.iter().sum::<f32>() - group.variance.iter().sum::<f32>()).abs() < 1e-5);
     }
 
     #[test]

@@ -19,13 +19,13 @@ pub use host::{Host, HostModel, HostParams};
 pub use stats::{Tap, TapParams};
 
 use crate::hash::xxh64;
-use crate::layout::{ROW_ALIGN, SCALE_BYTES, SEGMENT};
+use crate::layout::{MAX_BITS, ROW_ALIGN, SCALE_BYTES, SEGMENT};
 use crate::projection::{LayerFile, Meta, ProjectionFile, SIDES};
 use anyhow::{ensure, Context, Result};
 use checkpoint::{with_suffix, Checkpoint, Memo};
 use collect::Pass;
 use host::Model;
-use measure::{parallel, Effort, Outcome, Probe};
+use measure::{parallel, Coarse, Effort, Outcome, Probe};
 use published::{Decomposition, Published, RankSearch};
 use report::Stage;
 use solve::{GroupSize, Metric, Recipe};
@@ -117,6 +117,15 @@ pub struct Options {
     /// Subtract no means
     #[arg(long, help_heading = "Advanced, for comparison", hide_short_help = true)]
     pub no_mean: bool,
+    /// Bit widths of codes, as 0,2,4,8; the file then serves its own budget alone
+    #[arg(long, value_name = "LIST", value_parser = parse_alphabet, help_heading = "Advanced, for comparison", hide_short_help = true)]
+    pub alphabet: Option<Alphabet>,
+    /// Channels that share a bit width, a multiple of 8; the file then serves its own budget alone
+    #[arg(long, value_name = "N", value_parser = parse_segment, help_heading = "Advanced, for comparison", hide_short_help = true)]
+    pub segment: Option<usize>,
+    /// Rotate every so many neighbouring channels by a Hadamard matrix, a multiple of 8
+    #[arg(long, value_name = "N", value_parser = parse_segment, help_heading = "Advanced, for comparison", hide_short_help = true)]
+    pub hadamard: Option<usize>,
     /// Measure as said instead of by a level: rounds,context,parts,descents,budgets
     #[arg(long, value_name = "N,N,N,N,N", value_parser = parse_effort, help_heading = "Advanced, for comparison", hide_short_help = true)]
     pub effort: Option<Effort>,
@@ -149,11 +158,27 @@ impl Refine {
 fn parse_effort(s: &str) -> Result<Effort, String> {
     let numbers: Vec<usize> = s.split(',').filter_map(|n| n.parse().ok()).collect();
     match numbers[..] {
-        [rounds, context, parts, descents, budgets] if rounds > 0 && numbers.iter().all(|&n| n < 100) => {
+        [rounds, context, parts, descents, budgets] if numbers.iter().all(|&n| n < 100) => {
             Ok(Effort { rounds, context: context > 0, parts, descents, budgets })
         }
-        _ => Err("five small numbers, the first above 0".to_owned()),
+        _ => Err("five small numbers".to_owned()),
     }
+}
+
+/// Bit widths, rising from 0.
+#[derive(Clone, Debug)]
+pub struct Alphabet(Vec<u8>);
+
+fn parse_alphabet(s: &str) -> Result<Alphabet, String> {
+    let bits: Option<Vec<u8>> = s.split(',').map(|b| b.parse().ok().filter(|b| *b <= MAX_BITS as u8)).collect();
+    match bits {
+        Some(bits) if bits.len() > 1 && bits[0] == 0 && bits.windows(2).all(|w| w[0] < w[1]) => Ok(Alphabet(bits)),
+        _ => Err(format!("bit widths rise from 0 to at most {MAX_BITS}")),
+    }
+}
+
+fn parse_segment(s: &str) -> Result<usize, String> {
+    s.parse().ok().filter(|n: &usize| *n > 0 && *n <= 1024 && n.is_multiple_of(SEGMENT)).ok_or_else(|| format!("it is a multiple of {SEGMENT}, at most 1024"))
 }
 
 fn parse_share(s: &str) -> Result<f64, String> {
@@ -234,6 +259,13 @@ impl Options {
         if self.no_mean {
             s += " --no-mean";
         }
+        if let Some(Alphabet(bits)) = &self.alphabet {
+            let list: Vec<String> = bits.iter().map(u8::to_string).collect();
+            s += &format!(" --alphabet {}", list.join(","));
+        }
+        for (name, n) in [("segment", self.segment), ("hadamard", self.hadamard)] {
+            s += &n.map_or(String::new(), |n| format!(" --{name} {n}"));
+        }
         if self.is_self() {
             s += &format!(" --seed {}", self.seed);
         }
@@ -242,6 +274,12 @@ impl Options {
 
     fn effort(&self) -> Effort {
         self.effort.unwrap_or_else(|| self.refine.effort())
+    }
+
+    fn coarse(&self) -> Option<Coarse> {
+        let any = self.alphabet.is_some() || self.segment.is_some();
+        let alphabet = self.alphabet.as_ref().map_or_else(|| (0..=MAX_BITS as u8).collect(), |a| a.0.clone());
+        any.then(|| Coarse { alphabet, segment: self.segment.unwrap_or(SEGMENT) })
     }
 
     fn recipe(&self) -> Recipe {
@@ -371,13 +409,14 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
     for (i, pass) in passes(options, &shapes, &windows)?.into_iter().enumerate() {
         let start = Instant::now();
         let path = if i == 0 { stem.clone() } else { with_suffix(&stem, &format!(".{i}")) };
-        let identity = statistics_identity(&model, &shapes, &windows, &pass);
+        let identity = statistics_identity(&model, &shapes, &windows, &pass, options.importance > 0.0);
         let pass = Pass {
             model: &model,
             tap: &tap,
             shapes: &shapes,
             layers: pass,
             windows: &windows.collect,
+            attended: options.importance > 0.0,
             sample: sample(&windows),
             n_thread,
             checkpoint: Checkpoint::new(path.clone(), identity),
@@ -428,9 +467,17 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
         let effort = options.effort();
         let n_group = file.layers.iter().flat_map(|l| &l.sides).map(|s| s.groups.len()).sum();
         let mut stage = Stage::new("measure", effort.n_run(file.layers.len(), n_group));
-        let outcome = measure::settle(&mut file, &effort, &mut probe, || stage.step())?;
+        if let Some(n) = options.hadamard {
+            file.layers.iter_mut().flat_map(|l| &mut l.sides).flat_map(|s| &mut s.groups).for_each(|g| measure::rotate(g, n));
+        }
+        let outcome = measure::settle(&mut file, &effort, options.coarse().as_ref(), &mut probe, || stage.step())?;
         times.push(stage.finish());
         file.meta.metric = options.metric_name(!outcome.divergence.is_empty());
+        if file.is_fixed() {
+            let real = file.allocation(0.0).bits_per_value(&file.spectra(0.0));
+            (file.meta.bits_per_value, file.meta.budgets) = (real, vec![real]);
+            file.layers.iter_mut().flat_map(|l| &mut l.sides).for_each(|s| s.weight.truncate(1));
+        }
         keep_allocated(&mut file)?;
         outcome
     };
@@ -457,8 +504,11 @@ fn passes(options: &Options, shapes: &BTreeMap<usize, LayerShape>, windows: &Win
     let mut passes: Vec<Vec<(usize, usize)>> = Vec::new();
     let mut used = usize::MAX;
     for (&il, shape) in shapes {
-        let group_size = options.group_size(il, shape)?;
-        let bytes = LayerStats::bytes(shape, group_size, windows.longest());
+        // what serves wider groups serves those within them, so that one file of statistics does for all
+        let asked = options.group_size(il, shape)?;
+        let auto = GroupSize::Auto.of(il, shape)?;
+        let group_size = if auto.is_multiple_of(asked) { auto } else { asked };
+        let bytes = LayerStats::bytes(shape, group_size, options.importance > 0.0, windows.longest());
         // ranks of the published method are decided for all layers at once
         if passes.is_empty() || options.preset.is_none() && used.saturating_add(bytes) > limit {
             passes.push(Vec::new());
@@ -471,8 +521,8 @@ fn passes(options: &Options, shapes: &BTreeMap<usize, LayerShape>, windows: &Win
 }
 
 /// A hash of everything that decides what one pass collects.
-fn statistics_identity(model: &Model, shapes: &BTreeMap<usize, LayerShape>, windows: &Windows, pass: &[(usize, usize)]) -> u64 {
-    let mut h = model.identity;
+fn statistics_identity(model: &Model, shapes: &BTreeMap<usize, LayerShape>, windows: &Windows, pass: &[(usize, usize)], attended: bool) -> u64 {
+    let mut h = xxh64(&[u8::from(attended)], model.identity);
     for (il, group_size) in pass {
         h = xxh64(format!("{il} {group_size} {} {:?}", sample(windows), shapes[il]).as_bytes(), h);
     }
@@ -511,6 +561,7 @@ fn keep_allocated(file: &mut ProjectionFile) -> Result<()> {
             group.variance.truncate(rank);
             group.enc.truncate(rank * d);
             group.dec.truncate(rank * d);
+            group.bits.truncate(rank / SEGMENT);
             i += 1;
         }
     }

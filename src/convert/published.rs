@@ -96,7 +96,7 @@ fn hadamard(n: usize) -> Option<Vec<i8>> {
 }
 
 /// A rotation of `n` channels that spreads each over all of them, as far as there is one, row-major.
-fn rotation(n: usize) -> Vec<f64> {
+pub fn rotation(n: usize) -> Vec<f64> {
     let block = (0..).map(|k| n >> k).take_while(|b| *b > 0).find(|&b| n.is_multiple_of(b) && hadamard(b).is_some()).unwrap_or(1);
     let h = hadamard(block).expect("there is one of 1");
     let scale = 1.0 / (block as f64).sqrt();

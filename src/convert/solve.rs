@@ -218,7 +218,8 @@ fn decompose(covariance: MatRef<f64>, roots: &[[Mat<f64>; 2]]) -> Result<GroupFi
 /// Center and second moments about it, per head group that was collected. `importance` as in [`Recipe`]; `center`: `None` for
 /// the mean.
 pub fn moments(stats: &LayerStats, side: Side, importance: f64, center: Option<Vec<f64>>) -> (Vec<f64>, Vec<Mat<f64>>) {
-    let (plain, weighted) = (stats.moments[side as usize].finish(), stats.attended[side as usize].finish());
+    let plain = stats.moments[side as usize].finish();
+    let weighted = stats.attended.as_ref().map_or_else(|| (plain.0.clone(), vec![None; plain.1.len()]), |a| a[side as usize].finish());
     let width = stats.moments[side as usize].group();
     let share = |g: usize| if weighted.1[g].is_some() { importance } else { 0.0 };
     let center = center.unwrap_or_else(|| {

@@ -461,26 +461,27 @@ impl Moments {
 pub struct LayerStats {
     /// [key, value]: every token the same
     pub moments: [Moments; 2],
-    /// [key, value]: every token as much as its errors cost
-    pub attended: [Moments; 2],
+    /// [key, value]: every token as much as its errors cost; if asked for
+    pub attended: Option<[Moments; 2]>,
     /// written by one thread
     window: Mutex<Window>,
 }
 
 impl LayerStats {
-    /// `group_size`: heads whose channels are looked at together; `sample`: every how many positions a query is looked at.
-    pub fn new(shape: &LayerShape, group_size: usize, sample: usize) -> Self {
+    /// `group_size`: heads whose channels are looked at together; `attended`: whether tokens are also weighted; `sample`: every how
+    /// many positions a query is looked at.
+    pub fn new(shape: &LayerShape, group_size: usize, attended: bool, sample: usize) -> Self {
         let moments = || SIDES.map(|s| Moments::new(shape.width(s), group_size * shape.head_dim(s)));
-        Self { moments: moments(), attended: moments(), window: Mutex::new(Window::new(sample)) }
+        Self { moments: moments(), attended: attended.then(moments), window: Mutex::new(Window::new(sample)) }
     }
 
-    pub fn bytes(shape: &LayerShape, group_size: usize, n_window: usize) -> usize {
-        let side = |s| 2 * Moments::bytes(shape.width(s), group_size * shape.head_dim(s)) + 4 * n_window * shape.width(s);
+    pub fn bytes(shape: &LayerShape, group_size: usize, attended: bool, n_window: usize) -> usize {
+        let side = |s| (1 + usize::from(attended)) * Moments::bytes(shape.width(s), group_size * shape.head_dim(s)) + 4 * n_window * shape.width(s);
         SIDES.into_iter().map(side).sum()
     }
 
     fn all(&self) -> impl Iterator<Item = &Moments> {
-        self.moments.iter().chain(&self.attended)
+        self.moments.iter().chain(self.attended.iter().flatten())
     }
 
     /// All sums, for a checkpoint.
@@ -495,7 +496,7 @@ impl LayerStats {
 
     /// Sets what [`LayerStats::save`] wrote; `None` if there is too little of it.
     pub fn restore(&mut self, from: &mut &[f64]) -> Option<()> {
-        self.moments.iter_mut().chain(&mut self.attended).try_for_each(|m| m.restore(from))
+        self.moments.iter_mut().chain(self.attended.iter_mut().flatten()).try_for_each(|m| m.restore(from))
     }
 }
 
@@ -795,7 +796,7 @@ mod tests {
         let shape = shape();
         let tap = Tap::new(32);
         tap.describe(4, shape.clone(), Projections::NONE).unwrap();
-        tap.replace_mode(Mode::Collect(BTreeMap::from([(4, LayerStats::new(&shape, shape.n_head_kv, 4))])));
+        tap.replace_mode(Mode::Collect(BTreeMap::from([(4, LayerStats::new(&shape, shape.n_head_kv, false, 4))])));
         let mut random = Random(1);
         let mut value = |bias: f32| bias + random.uniform() as f32 - 0.5;
         let (dk, dv, dq) = (shape.width(Side::Key), shape.width(Side::Value), shape.n_head * shape.head_dim_k);

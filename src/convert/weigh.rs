@@ -243,7 +243,7 @@ mod tests {
         let shape = &case.shape;
         let tap = Tap::new(N);
         tap.describe(0, shape.clone(), Projections::NONE).unwrap();
-        tap.replace_mode(Mode::Collect(BTreeMap::from([(0, LayerStats::new(shape, 2, 8))])));
+        tap.replace_mode(Mode::Collect(BTreeMap::from([(0, LayerStats::new(shape, 2, false, 8))])));
         let pos: Vec<i32> = (0..N as i32).collect();
         let mut out = vec![0.0; N * 20];
         for (side, x, hd) in [(Side::Key, &case.k, 10), (Side::Value, &case.v, 6)] {

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""`make quality`: measures what each part of the converter is worth, and writes docs/quality.md.
+
+    quality.py [--models DIR] [--only WORD] [--list] [--write]
+
+Every row is a conversion of a model and llama-perplexity's KL divergence to the f16 cache, -c 2048, over 16 chunks of WikiText-2 test and 4
+chunks of this project's source (another kind of text). Finished rows are kept in build/quality/results.json and not measured
+again; remove that file to start afresh. Statistics are collected once per model and text. --models: a folder with
+wiki-gqa-16m-q8_0.gguf and wiki-mha-17m-f16.gguf, of which further rows are made. --only: rows with this word in them alone.
+--list: says what is there and what is not. --write: writes the page of what is there, and measures nothing.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = Path(os.environ.get("PALU_BUILD", ROOT / "build")).resolve()
+BIN, OUT, DATA = BUILD / "llama.cpp" / "bin", BUILD / "quality", ROOT / "tests" / "data"
+PALU = ROOT / "target" / "release" / "palu"
+RESULTS, PAGE = OUT / "results.json", ROOT / "docs" / "quality.md"
+WIKI, TEST = DATA / "calibration.wiki.txt", DATA / "wiki.test.raw"
+THREADS = os.environ.get("PALU_THREADS", str(len(os.sched_getaffinity(0))))
+STOCK = {"q8_0": 53.1, "q5_0": 34.4, "q4_0": 28.1}  # percent of f16's bytes
+WEIGHT_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_K", "Q2_K", "IQ4_XS"]
+OURS = "--bits-per-value 2.25"
+
+
+class Row:
+    """One line of a table: a model, how its projection is made (or a stock cache type), at which budget it is used."""
+
+    def __init__(self, section, label, model, options=OURS, text="wiki", stock=None, bits=None):
+        self.section, self.label, self.model, self.options = section, label, model, options
+        self.text, self.stock, self.bits = text, stock, bits
+        self.key = " | ".join(str(x) for x in (model, stock or f"{options} of {text}", bits or "own"))
+
+
+def rows(have_gqa, have_f16):
+    out = []
+    models = ["mha-17m"] + (["gqa-16m"] if have_gqa else [])
+    for m in models:
+        add = lambda section, label, options=OURS, m=m, **more: out.append(Row(section, label, m, options, **more))
+        for t in STOCK:
+            add("caches", f"llama.cpp {t}, rotated", stock=t)
+        for b in (3.0, 2.7, 2.25, 1.9, 1.6):
+            add("caches", f"ours, made for {b:g} bits", f"--bits-per-value {b:g}")
+        for keep, bits in ((0.7, 4), (0.7, 3), (0.5, 4), (0.5, 3)):
+            add("caches", f"Palu as published: G-LRD, Fisher, keep {keep}, {bits} bits", f"--preset palu --keep {keep} --bits {bits}")
+        for label, more in (("M-LRD", "--group-size 1"), ("J-LRD", "--group-size all"), ("G-LRD, uniform ranks", "--rank-search uniform"),
+                            ("G-LRD, ranks uniform within a layer", "--rank-search fisher-uniform"), ("G-LRD, plain SVD", "--decomposition svd")):
+            add("published", f"{label}, keep 0.7, 4 bits", f"--preset palu --keep 0.7 --bits 4 {more}")
+        for metric in ("attention", "query", "none"):
+            add("metric", metric, OURS + ("" if metric == "attention" else f" --metric {metric}"))
+        for part in (0, 0.25, 0.5, 0.9):
+            add("importance", f"{part:g} of the covariance", OURS + (f" --importance {part}" if part else ""))
+        for group in ("all", "3", "2", "1") if m == "mha-17m" else ("all", "1"):
+            add("group", f"{group} heads", OURS + ("" if group == "all" else f" --group-size {group}"))
+        for bits in ("0,1,2,3,4,5,6,7,8", "0,1,2,3,4,5,6,8", "0,2,3,4,5,6,8", "0,2,4,6,8", "0,2,4,8", "0,4", "0,3"):
+            add("alphabet", "{" + bits + "}", OURS + ("" if bits.count(",") == 8 else f" --alphabet {bits}"))
+        for n in (8, 16, 32, 64):
+            add("segment", f"{n} channels", OURS + ("" if n == 8 else f" --segment {n}"))
+        add("mean", "subtracted")
+        add("mean", "not subtracted", OURS + " --no-mean")
+        add("hadamard", "none")
+        for n in (8, 16, 64):
+            add("hadamard", f"within {n} neighbouring channels", OURS + f" --hadamard {n}")
+        for label, more in (("no measuring", "--effort 0,0,0,0,0"), ("--refine quick", "--refine quick"), ("--refine default", ""),
+                            ("two rounds, each row alone", "--effort 2,0,0,0,0"), ("one round, alone and in context", "--effort 1,1,0,0,0"),
+                            ("and four parts of each spectrum", "--effort 1,1,4,0,0"), ("and two descents", "--effort 1,1,0,2,0"),
+                            ("--refine thorough", "--refine thorough"), ("twice the probe", "--probe-tokens 8192")):
+            add("effort", label, f"{OURS} {more}".strip())
+        for n in (8192, 32768, 131072, 524288):
+            add("tokens", f"{n // 1024}K", OURS + ("" if n == 131072 else f" --tokens {n}"))
+        for text, label in (("wiki", "Wikipedia"), ("mixed", "half Wikipedia, half C++"), ("code", "C++")):
+            add("mix", label, text=text)
+        for made in (4.5, 2.25):
+            for bits in (3.0, 2.25, 1.6):
+                if bits <= made:
+                    add("budgets", f"made for {made:g}, used at {bits:g}", f"--bits-per-value {made:g}", bits=bits)
+    if have_f16:
+        for t in WEIGHT_TYPES:
+            for stock in (None, "q4_0"):
+                out.append(Row("weights", f"{t}: " + ("ours at 2.25 bits" if stock is None else "llama.cpp q4_0"), f"mha-17m-{t}",
+                               OURS + " --refine quick --tokens 32768", stock=stock))
+    return out
+
+
+SECTIONS = {
+    "caches": ("Caches", "The projection files are each made for the budget that they are used at."),
+    "published": ("Palu as published, its other forms", "G-LRD shares a latent among up to four KV heads, as the paper recommends; J-LRD among all, M-LRD among none."),
+    "metric": ("Metric", "What an error costs within a layer's keys or values: attention's own second moments (`src/convert/weigh.rs`), the queries and "
+               "the output projection alone, or every channel the same."),
+    "importance": ("Importance of tokens", "The part of the covariance in which a token counts as much as attention reads it."),
+    "group": ("Head groups", "KV heads that share a latent. Rebuilding costs in proportion."),
+    "alphabet": ("Bit widths", "The widths that a segment may have."),
+    "segment": ("Segment width", "Channels that share a bit width."),
+    "mean": ("Means", ""),
+    "hadamard": ("Hadamard rotation of the latents", "Rotated channels have one variance, and so one bit width."),
+    "effort": ("Measuring", "How the weights of layers and sides are found."),
+    "tokens": ("Calibration tokens", ""),
+    "mix": ("Calibration text", "The C++ is llama.cpp's; the source that divergence is measured on is Rust."),
+    "budgets": ("One file for several budgets", ""),
+    "weights": ("Weight types", "The f16 model of 17M parameters through `llama-quantize`; divergence is to the f16 cache of the same weights. Heads and "
+                "layers are narrower than 256, where llama-quantize falls back to the nearest type with blocks of 32."),
+}
+
+
+def run(command, log):
+    command = [str(c) for c in command]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PALU_LLAMA_BIN": str(BIN)})
+    text = result.stdout.decode(errors="replace")
+    log.write(f"$ {' '.join(command)}\n{text}\n")
+    log.flush()
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed with status {result.returncode}:\n{text[-1000:]}")
+    return text
+
+
+def number(pattern, text):
+    return float(re.search(pattern + r"\s*:\s*(-?[0-9.]+)", text).group(1))
+
+
+class Bench:
+    def __init__(self, models):
+        self.models = models
+        self.log = open(OUT / "log.txt", "a")
+        self.results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        self.texts = {"wiki": WIKI}
+
+    def model(self, name):
+        if name == "mha-17m":
+            return DATA / "wiki-mha-17m-q8_0.gguf"
+        if name == "gqa-16m":
+            return self.models / "wiki-gqa-16m-q8_0.gguf"
+        path = OUT / f"{name}.gguf"
+        if not path.exists():
+            kind = name.rsplit("-", 1)[1]
+            partial = path.with_suffix(".partial")
+            run([BIN / "llama-quantize", self.models / "wiki-mha-17m-f16.gguf", partial, kind], self.log)
+            partial.rename(path)
+        return path
+
+    def text(self, name):
+        path = OUT / f"{name}.txt"
+        if name == "wiki":
+            return WIKI
+        if not path.exists():
+            if name == "rust":
+                data = b"".join(p.read_bytes() for p in sorted((ROOT / "src").rglob("*.rs")))
+            else:
+                source = Path(os.environ.get("LLAMA_CPP_DIR", BUILD / "llama.cpp" / "src")) / "src"
+                files = sorted(source.glob("*.cpp")) or sorted((BUILD / "src").rglob("llama-*.cpp"))
+                data = b"".join(p.read_bytes() for p in files)[:3_000_000]
+                if not data:
+                    raise RuntimeError("llama.cpp's source is not where LLAMA_CPP_DIR says")
+                if name == "mixed":
+                    data = WIKI.read_bytes()[:len(data)].decode(errors="ignore").encode() + data
+            path.write_bytes(data)
+        return path
+
+    def divergence(self, model, text, n_chunk, options):
+        base = OUT / f"{model}.{Path(text).stem}.kld"
+        common = [BIN / "llama-perplexity", "-m", self.model(model), "-f", text, "-c", "2048", "--chunks", n_chunk, "-t", THREADS, "-fa", "on"]
+        if not base.exists():
+            partial = base.with_suffix(".partial")
+            run([*common, "--kl-divergence-base", partial], self.log)
+            partial.rename(base)
+        # llama.cpp's log is written by a thread of its own, and now and then its last lines are lost when the program ends
+        for _ in range(3):
+            output = run([*common, "--kl-divergence", "--kl-divergence-base", base, *options], self.log)
+            if "Minimum KLD" in output:
+                return {"mean": number(r"Mean\s+KLD", output), "median": number(r"Median\s+KLD", output), "tail": number(r"99\.9%\s+KLD", output)}
+        raise RuntimeError("llama-perplexity printed no divergence")
+
+    def measure(self, row):
+        """The row's results; None if they were there already."""
+        if row.key in self.results:
+            return None
+        result = {}
+        if row.stock:
+            options = ["-ctk", row.stock, "-ctv", row.stock]
+            result["percent"] = STOCK[row.stock]
+        else:
+            file = OUT / (re.sub(r"[^A-Za-z0-9.]+", "_", f"{row.model} {row.options} {row.text}") + ".palu")
+            if not file.exists():
+                tokens = re.search(r"--tokens (\d+)", row.options)
+                more = "".join(("-attended" if "--importance" in row.options else "", f"-{tokens.group(1)}" if tokens else ""))
+                statistics = OUT / f"{row.model}-{row.text}{more}.stats"
+                run([PALU, "convert", self.model(row.model), "--calibration", self.text(row.text), "--output", file, "--threads", THREADS,
+                     "--statistics", statistics, *row.options.split()], self.log)
+            inspect = json.loads(run([PALU, "inspect", file, "--json", *(["--bits", row.bits] if row.bits else [])], self.log))
+            result["percent"] = inspect["percent_of_f16"]
+            options = ["--palu", file, *(["--palu-bits", row.bits] if row.bits else [])]
+        result["test"] = self.divergence(row.model, TEST, 16, options)
+        result["other"] = self.divergence(row.model, self.text("rust"), 4, options)
+        self.results[row.key] = result
+        partial = RESULTS.with_suffix(".partial")
+        partial.write_text(json.dumps(self.results, indent=1))
+        partial.rename(RESULTS)
+        return result
+
+
+def page(every, results):
+    lines = ["# Quality", "",
+             "What each part of the converter is worth, from `make quality`: llama-perplexity's KL divergence to the f16 cache, -c 2048, on 16 chunks of "
+             "WikiText-2 test, and its mean on 4 chunks of this project's source. Calibration is `tests/data/calibration.wiki.txt`, 131,072 "
+             "tokens, unless a table says otherwise. Bytes count everything that is stored. The models have 17M parameters (mha-17m: llama architecture, "
+             "6 heads of 64) and 16M (gqa-16m: qwen2 architecture, 2 KV heads of 64); what is right for them need not be for models of 8B.", ""]
+    notes = PAGE.with_name("quality-notes.md")
+    for section, (title, text) in SECTIONS.items():
+        mine = [r for r in every if r.section == section and r.key in results]
+        if not mine:
+            continue
+        lines += [f"## {title}", "", *([text, ""] if text else []),
+                  "| model | | of f16 | mean KLD | median | 99.9% | other text |", "|---|---|---|---|---|---|---|"]
+        for row in mine:
+            r = results[row.key]
+            lines.append(f"| {row.model} | {row.label} | {r['percent']:.1f}% | {r['test']['mean']:.5f} | {r['test']['median']:.5f} | "
+                         f"{r['test']['tail']:.4f} | {r['other']['mean']:.5f} |")
+        lines.append("")
+    if notes.exists():
+        lines += notes.read_text().splitlines()
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=os.environ.get("PALU_MODELS"))
+    parser.add_argument("--only", default="")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    models = Path(options.models) if options.models else OUT
+    every = rows((models / "wiki-gqa-16m-q8_0.gguf").exists(), (models / "wiki-mha-17m-f16.gguf").exists())
+    bench = Bench(models)
+    wanted = [r for r in every if options.only in f"{r.section} {r.key}"]
+    if options.list:
+        for row in wanted:
+            print(f"{'done' if row.key in bench.results else '    '} {row.section}: {row.key}")
+        return
+    if not options.write:
+        for i, row in enumerate(wanted):
+            start = time.time()
+            try:
+                if bench.measure(row) is not None:
+                    print(f"[{i + 1}/{len(wanted)}] {row.section}: {row.key}: {time.time() - start:.0f} s", flush=True)
+            except RuntimeError as e:
+                print(f"[{i + 1}/{len(wanted)}] {row.section}: {row.key}: {e}", file=sys.stderr, flush=True)
+    page(every, bench.results)
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
