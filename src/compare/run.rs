@@ -228,7 +228,9 @@ unsafe fn cut(
         _ => {
             let (cache, n_ctx) = runner.loaded.as_ref().map_or((0, model.n_ctx), |l| (l.0, l.1));
             let found = windows::tokenize(runner.model(cache, n_ctx)?, &text.text, needed)?;
-            runner.parts.put("tokens", &key, &json!(found.len()))?;
+            if known != Some(found.len() as u64) {
+                runner.parts.put("tokens", &key, &json!(found.len()))?;
+            }
             tokens.insert(found).len()
         }
     };
