@@ -197,8 +197,11 @@ class Bench:
             options = ["--palu", file, *(["--palu-bits", row.bits] if row.bits else [])]
         result["test"] = self.divergence(row.model, TEST, 16, options)
         result["other"] = self.divergence(row.model, self.text("rust"), 4, options)
+        # another run may have added rows meanwhile
+        if RESULTS.exists():
+            self.results.update(json.loads(RESULTS.read_text()))
         self.results[row.key] = result
-        partial = RESULTS.with_suffix(".partial")
+        partial = RESULTS.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(self.results, indent=1))
         partial.rename(RESULTS)
         return result
