@@ -19,7 +19,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Convert(Options),
+    Convert(Box<Options>),
     Compare(compare::Options),
     /// Show what a projection file holds
     Inspect {

@@ -75,7 +75,7 @@ fn hadamard(n: usize) -> Option<Vec<i8>> {
     if n == 1 {
         return Some(vec![1]);
     }
-    if n % 4 == 0 && is_prime(n - 1) {
+    if n.is_multiple_of(4) && is_prime(n - 1) {
         // q = 3 mod 4: I + S, S skew with the quadratic residues' signs
         let q = n - 1;
         let mut sign = vec![-1i8; q];
@@ -89,7 +89,7 @@ fn hadamard(n: usize) -> Option<Vec<i8>> {
         };
         return Some((0..n * n).map(|at| entry(at / n, at % n)).collect());
     }
-    if n % 2 == 0 {
+    if n.is_multiple_of(2) {
         return hadamard(n / 2).map(|h| double(h, n / 2));
     }
     None
