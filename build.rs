@@ -26,7 +26,7 @@ fn nvcc() -> Option<PathBuf> {
     println!("cargo:rerun-if-changed={}", own.join("bin/nvcc").display());
     ["CUDA_HOME", "CUDA_PATH"]
         .iter()
-        .filter_map(|name| std::env::var_os(name))
+        .filter_map(std::env::var_os)
         .map(PathBuf::from)
         .chain([own])
         .find_map(under)

@@ -459,7 +459,7 @@ impl AttnParams {
             softcap: self.softcap,
             max_bias: self.max_bias,
         };
-        ensure!(p.n_head > 0 && p.n_head % n_head_kv == 0, "{} query heads do not divide over {n_head_kv} KV heads", p.n_head);
+        ensure!(p.n_head > 0 && p.n_head.is_multiple_of(n_head_kv), "{} query heads do not divide over {n_head_kv} KV heads", p.n_head);
         ensure!(!p.q.is_null() && !p.pos.is_null(), "q or pos is a null pointer");
         ensure!(!p.rows_k.is_null() && !p.rows_v.is_null(), "rows_k or rows_v is a null pointer");
         Ok(p)

@@ -1,5 +1,6 @@
 //! The CUDA path against the CPU path, on the GPU. Without one, every test says so on stderr and passes.
 #![cfg(feature = "cuda")]
+#![allow(clippy::explicit_write, reason = "a skipped test is to be seen, and the test runner keeps eprintln! to itself")]
 
 mod common;
 
@@ -20,7 +21,6 @@ fn gpu(test: &str) -> Option<Arc<CudaStream>> {
         Ok(_) => Some(CudaContext::new(0).unwrap().new_stream().unwrap()),
         Err(e) => {
             assert!(std::env::var_os("PALU_TEST_GPU").is_none(), "PALU_TEST_GPU is set: {e:#}");
-            // not through eprintln!, which the test runner would keep to itself
             writeln!(std::io::stderr(), "skipped {test}: {e:#}").unwrap();
             None
         }
