@@ -26,12 +26,12 @@ fn main() -> anyhow::Result<()> {
             })
             .collect();
         let variance = (0..d).map(|c| (-falls * c as f64 / d as f64).exp() as f32).collect();
-        let group = GroupFile { variance, enc: basis.clone(), dec: basis };
+        let group = GroupFile { variance, enc: basis.clone(), dec: basis, bits: Vec::new() };
         SideFile {
             n_head_kv,
             head_dim,
             group_size,
-            weight: 1.0,
+            weight: vec![1.0],
             mean: vec![0.0; n_head_kv * head_dim],
             groups: vec![group; n_head_kv / group_size],
         }
@@ -43,6 +43,7 @@ fn main() -> anyhow::Result<()> {
             model_identity: u64::from_str_radix(identity, 16)?,
             n_layer,
             bits_per_value: bits,
+            budgets: vec![bits],
             calibration: "none".into(),
             metric: "none".into(),
             options: "random_projection".into(),
