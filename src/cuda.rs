@@ -160,8 +160,18 @@ mod abi {
     }
 
     extern "C" {
-        pub fn palu_cuda_plan_store(dev: *const DeviceInfo, p: *mut Store, groups: *const Group, out: *mut Launch) -> i32;
-        pub fn palu_cuda_plan_rebuild(dev: *const DeviceInfo, p: *mut Rebuild, groups: *const Group, out: *mut Launch) -> i32;
+        pub fn palu_cuda_plan_store(
+            dev: *const DeviceInfo,
+            p: *mut Store,
+            groups: *const Group,
+            out: *mut Launch,
+        ) -> i32;
+        pub fn palu_cuda_plan_rebuild(
+            dev: *const DeviceInfo,
+            p: *mut Rebuild,
+            groups: *const Group,
+            out: *mut Launch,
+        ) -> i32;
         pub fn palu_cuda_plan_attn(
             dev: *const DeviceInfo,
             p: *mut Attn,
@@ -254,7 +264,12 @@ impl Device {
         // SAFETY: the image is a whole fatbin, made by nvcc
         let module = match unsafe { result::module::load_data(FATBIN.as_ptr().cast()) } {
             Ok(module) => module,
-            Err(e) if matches!(e.0, sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU) => {
+            Err(e)
+                if matches!(
+                    e.0,
+                    sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+                ) =>
+            {
                 bail!("{name}'s driver is too old for these kernels, or they were not compiled for compute capability {}.{}", info.arch / 10, info.arch % 10)
             }
             Err(e) => driver("the kernels cannot be loaded", Err(e))?,
@@ -277,7 +292,10 @@ impl Device {
         // SAFETY: the module lives as long as the device, and the function as long as the module
         unsafe {
             let f = driver(&format!("kernel {text}"), result::module::get_function(self.module, name.to_owned()))?;
-            let fixed = driver(&text, result::function::get_function_attribute(f, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES))?;
+            let fixed = driver(
+                &text,
+                result::function::get_function_attribute(f, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES),
+            )?;
             let most = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             driver(&text, result::function::set_function_attribute(f, most, self.info.smem_optin - fixed))?;
             functions.insert(name.to_owned(), f as usize);
@@ -298,7 +316,8 @@ impl Device {
         let [x, y, z] = launch.grid;
         let params = &mut [std::ptr::from_mut(params).cast::<c_void>()];
         // SAFETY: the caller's promise
-        let launched = unsafe { result::launch_kernel(f, (x, y, z), (launch.block, 1, 1), launch.smem, stream.cast(), params) };
+        let launched =
+            unsafe { result::launch_kernel(f, (x, y, z), (launch.block, 1, 1), launch.smem, stream.cast(), params) };
         driver(&format!("kernel {}", name.to_string_lossy()), launched)
     }
 }
@@ -384,7 +403,8 @@ fn side_tables(
     let n_plane = planes(side);
     let n_head = side.groups.first().map_or(side.n_head_kv, |g| g.n_head);
     let d = n_head * side.head_dim;
-    let (mut groups, mut segs, mut dec, mut enc, mut step) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut groups, mut segs, mut dec, mut enc, mut step) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut dec_scale, mut dec_half) = (Vec::new(), Vec::new());
     let mut largest = 1.0f64;
     for g in &side.groups {
@@ -456,7 +476,9 @@ fn side_tables(
     if side.side == Side::Key {
         let mut tiles = vec![0i8; dec.len()];
         // SAFETY: groups and pairs of this side; the tiles are as large as the decoders
-        let status = unsafe { palu_cuda_tile_keys(&header, groups.as_ptr(), pair_dim.as_ptr(), dec.as_ptr(), tiles.as_mut_ptr()) };
+        let status = unsafe {
+            palu_cuda_tile_keys(&header, groups.as_ptr(), pair_dim.as_ptr(), dec.as_ptr(), tiles.as_mut_ptr())
+        };
         if status == 0 {
             header.dec_tiles = tables.add(&tiles);
         }
@@ -507,7 +529,13 @@ impl CudaLayer {
     pub fn new(layer: &Layer, rope: &RopeParams, ordinal: i32) -> Result<Self> {
         let device = Device::get(ordinal)?;
         let [k, v] = [layer.side(Side::Key), layer.side(Side::Value)];
-        ensure!(k.n_head_kv == v.n_head_kv, "layer {} has {} heads of keys and {} of values", layer.il, k.n_head_kv, v.n_head_kv);
+        ensure!(
+            k.n_head_kv == v.n_head_kv,
+            "layer {} has {} heads of keys and {} of values",
+            layer.il,
+            k.n_head_kv,
+            v.n_head_kv
+        );
         rope.check(k.head_dim)?;
         ensure!(k.head_dim % 2 == 0, "heads of {} dimensions (an odd number) are not supported on a GPU", k.head_dim);
         let mut tables = Tables::default();
@@ -521,7 +549,11 @@ impl CudaLayer {
         let layer = Self {
             sides: [k.moved(base), v.moved(base)],
             groups: [groups_k, groups_v],
-            rope: abi::Rope { pair_dim: moved(rope.pair_dim, base), turn: moved(rope.turn, base), mag: moved(rope.mag, base) },
+            rope: abi::Rope {
+                pair_dim: moved(rope.pair_dim, base),
+                turn: moved(rope.turn, base),
+                mag: moved(rope.mag, base),
+            },
             trig_scale,
             device,
             _memory: memory,
@@ -529,14 +561,17 @@ impl CudaLayer {
         // what is to run later must have a kernel
         for side in [Side::Key, Side::Value] {
             layer.plan_store(side, &layer.store_shape(side, 1)?)?;
-            layer.plan_rebuild(side, &RebuildParams {
-                rows: std::ptr::null(),
-                rows_nb_stream: 0,
-                pos: std::ptr::null(),
-                out: std::ptr::null_mut(),
-                n_stream: 1,
-                n_kv: 256,
-            })?;
+            layer.plan_rebuild(
+                side,
+                &RebuildParams {
+                    rows: std::ptr::null(),
+                    rows_nb_stream: 0,
+                    pos: std::ptr::null(),
+                    out: std::ptr::null_mut(),
+                    n_stream: 1,
+                    n_kv: 256,
+                },
+            )?;
         }
         layer.plan_attn(layer.attn_shape([layer.n_head_kv(), 1, 1, 256])?)?;
         Ok(layer)
@@ -562,7 +597,9 @@ impl CudaLayer {
     fn plan_store(&self, side: Side, p: &abi::Store) -> Result<(abi::Store, [Launch; 2])> {
         let (mut p, mut launches) = (*p, [Launch::NONE; 2]);
         // SAFETY: plain data, and the groups of this side
-        let status = unsafe { palu_cuda_plan_store(&self.device.info, &mut p, self.groups[side as usize].as_ptr(), launches.as_mut_ptr()) };
+        let status = unsafe {
+            palu_cuda_plan_store(&self.device.info, &mut p, self.groups[side as usize].as_ptr(), launches.as_mut_ptr())
+        };
         ensure!(status == 0, "no CUDA kernel stores rows of rank {} on {}", p.side.rank_max, self.device.description());
         Ok((p, launches))
     }
@@ -579,7 +616,14 @@ impl CudaLayer {
     /// # Safety
     /// Pointers of the shapes in `palu_store_params`, on this device; `latent` has [`Self::latent_size`] floats; `stream`
     /// is a stream of the device's primary context.
-    pub unsafe fn store(&self, side: Side, p: &StoreParams, latent: *mut f32, step: usize, stream: *mut c_void) -> Result<()> {
+    pub unsafe fn store(
+        &self,
+        side: Side,
+        p: &StoreParams,
+        latent: *mut f32,
+        step: usize,
+        stream: *mut c_void,
+    ) -> Result<()> {
         let shape = abi::Store {
             x: p.x,
             x_nb_head: p.x_nb_head as i64,
@@ -610,9 +654,15 @@ impl CudaLayer {
         };
         let mut launch = Launch::NONE;
         // SAFETY: plain data, and the groups of this side
-        let status = unsafe { palu_cuda_plan_rebuild(&self.device.info, &mut p, self.groups[side as usize].as_ptr(), &mut launch) };
+        let status = unsafe {
+            palu_cuda_plan_rebuild(&self.device.info, &mut p, self.groups[side as usize].as_ptr(), &mut launch)
+        };
         let (dim, device) = (p.side.head_dim, self.device.description());
-        ensure!(status == 0, "no CUDA kernel rebuilds heads of {dim} dimensions and rank {} on {device}", p.side.rank_max);
+        ensure!(
+            status == 0,
+            "no CUDA kernel rebuilds heads of {dim} dimensions and rank {} on {device}",
+            p.side.rank_max
+        );
         Ok((p, launch))
     }
 
@@ -668,7 +718,8 @@ impl CudaLayer {
         let mut launches = [Launch::NONE; 2];
         let [k, v] = [&self.groups[0], &self.groups[1]];
         // SAFETY: plain data, and the groups of both sides
-        let status = unsafe { palu_cuda_plan_attn(&self.device.info, &mut p, k.as_ptr(), v.as_ptr(), launches.as_mut_ptr()) };
+        let status =
+            unsafe { palu_cuda_plan_attn(&self.device.info, &mut p, k.as_ptr(), v.as_ptr(), launches.as_mut_ptr()) };
         ensure!(
             status == 0,
             "no CUDA kernel attends with heads of {} and {} dimensions, ranks of {} and {} and {} query heads on {}",
@@ -746,16 +797,33 @@ mod tests {
             static palu_cuda_layout_n: usize;
         }
         let ours = [
-            size_of::<Group>(), offset_of!(Group, dec0), offset_of!(Group, enc0),
-            size_of::<abi::Side>(), offset_of!(abi::Side, step), offset_of!(abi::Side, planes),
-            size_of::<abi::Rope>(), offset_of!(abi::Rope, mag),
-            size_of::<Attn>(), offset_of!(Attn, rows_k), offset_of!(Attn, out), offset_of!(Attn, mask_f16), offset_of!(Attn, v_stage_words),
-            size_of::<Store>(), offset_of!(Store, latent), offset_of!(Store, n_token),
-            size_of::<Rebuild>(), offset_of!(Rebuild, out), offset_of!(Rebuild, stages),
-            size_of::<DeviceInfo>(), size_of::<Launch>(), offset_of!(Launch, smem),
+            size_of::<Group>(),
+            offset_of!(Group, dec0),
+            offset_of!(Group, enc0),
+            size_of::<abi::Side>(),
+            offset_of!(abi::Side, step),
+            offset_of!(abi::Side, planes),
+            size_of::<abi::Rope>(),
+            offset_of!(abi::Rope, mag),
+            size_of::<Attn>(),
+            offset_of!(Attn, rows_k),
+            offset_of!(Attn, out),
+            offset_of!(Attn, mask_f16),
+            offset_of!(Attn, v_stage_words),
+            size_of::<Store>(),
+            offset_of!(Store, latent),
+            offset_of!(Store, n_token),
+            size_of::<Rebuild>(),
+            offset_of!(Rebuild, out),
+            offset_of!(Rebuild, stages),
+            size_of::<DeviceInfo>(),
+            size_of::<Launch>(),
+            offset_of!(Launch, smem),
         ];
         // SAFETY: constants of layout.c; only the first palu_cuda_layout_n of them exist
-        let theirs = unsafe { std::slice::from_raw_parts(std::ptr::addr_of!(palu_cuda_layout).cast::<usize>(), palu_cuda_layout_n) };
+        let theirs = unsafe {
+            std::slice::from_raw_parts(std::ptr::addr_of!(palu_cuda_layout).cast::<usize>(), palu_cuda_layout_n)
+        };
         assert_eq!(ours, theirs);
     }
 

@@ -1,6 +1,9 @@
 //! The CUDA path against the CPU path, on the GPU. Without one, every test says so on stderr and passes.
 #![cfg(feature = "cuda")]
-#![allow(clippy::explicit_write, reason = "a skipped test is to be seen, and the test runner keeps eprintln! to itself")]
+#![allow(
+    clippy::explicit_write,
+    reason = "a skipped test is to be seen, and the test runner keeps eprintln! to itself"
+)]
 
 mod common;
 
@@ -50,7 +53,10 @@ impl<T: DeviceRepr + Copy + PartialEq + std::fmt::Debug> Buffer<T> {
     fn read(&self, canary: T) -> Vec<T> {
         let mut all = self.stream.clone_dtoh(&self.slice).unwrap();
         self.stream.synchronize().unwrap();
-        assert!(all[self.n..].iter().all(|x| *x == canary || format!("{x:?}") == format!("{canary:?}")), "written beyond the end");
+        assert!(
+            all[self.n..].iter().all(|x| *x == canary || format!("{x:?}") == format!("{canary:?}")),
+            "written beyond the end"
+        );
         all.truncate(self.n);
         all
     }
@@ -83,7 +89,9 @@ fn rope(kind: RopeKind, n_rot: usize) -> RopeParams {
 
 /// `n` segments whose bits fall from `first` to `last`.
 fn falling(n: usize, first: u8, last: u8) -> Vec<u8> {
-    (0..n).map(|i| (f64::from(first) + (f64::from(last) - f64::from(first)) * i as f64 / (n - 1) as f64).round() as u8).collect()
+    (0..n)
+        .map(|i| (f64::from(first) + (f64::from(last) - f64::from(first)) * i as f64 / (n - 1) as f64).round() as u8)
+        .collect()
 }
 
 impl Default for Case {
@@ -111,9 +119,34 @@ impl Default for Case {
 }
 
 fn cases() -> Vec<Case> {
-    let mha = Case { n_head: 8, n_head_kv: 8, group_k: 4, group_v: 4, bits_k: falling(24, 5, 2), bits_v: falling(30, 5, 1), ..Case::default() };
-    let small = Case { n_head: 6, n_head_kv: 6, group_k: 6, group_v: 6, dim_k: 64, dim_v: 64, bits_k: falling(20, 6, 1), bits_v: falling(24, 7, 1), rope: rope(RopeKind::Neox, 64), ..Case::default() };
-    let yarn = RopeParams { ext_factor: 1.0, freq_scale: 0.25, n_ctx_orig: 4096, freq_factors: (0..32).map(|i| 1.0 + i as f32 / 8.0).collect(), ..rope(RopeKind::Neox, 64) };
+    let mha = Case {
+        n_head: 8,
+        n_head_kv: 8,
+        group_k: 4,
+        group_v: 4,
+        bits_k: falling(24, 5, 2),
+        bits_v: falling(30, 5, 1),
+        ..Case::default()
+    };
+    let small = Case {
+        n_head: 6,
+        n_head_kv: 6,
+        group_k: 6,
+        group_v: 6,
+        dim_k: 64,
+        dim_v: 64,
+        bits_k: falling(20, 6, 1),
+        bits_v: falling(24, 7, 1),
+        rope: rope(RopeKind::Neox, 64),
+        ..Case::default()
+    };
+    let yarn = RopeParams {
+        ext_factor: 1.0,
+        freq_scale: 0.25,
+        n_ctx_orig: 4096,
+        freq_factors: (0..32).map(|i| 1.0 + i as f32 / 8.0).collect(),
+        ..rope(RopeKind::Neox, 64)
+    };
     vec![
         Case::default(),
         Case { n_kv: 2000, far: true, ..Case::default() },
@@ -129,8 +162,27 @@ fn cases() -> Vec<Case> {
         Case { rope: RopeParams::none(), bits_k: falling(3, 8, 8), ..small.clone() },
         // decoders of 16 bits
         Case { bits_k: falling(40, 8, 5), bits_v: falling(44, 8, 5), ..small.clone() },
-        Case { dim_k: 256, dim_v: 256, n_head: 8, n_head_kv: 2, group_k: 2, group_v: 1, rope: rope(RopeKind::Neox, 256), n_token: 2, ..mha.clone() },
-        Case { dim_k: 96, dim_v: 64, n_head: 12, n_head_kv: 4, group_k: 4, group_v: 4, rope: rope(RopeKind::Neox, 48), ..mha.clone() },
+        Case {
+            dim_k: 256,
+            dim_v: 256,
+            n_head: 8,
+            n_head_kv: 2,
+            group_k: 2,
+            group_v: 1,
+            rope: rope(RopeKind::Neox, 256),
+            n_token: 2,
+            ..mha.clone()
+        },
+        Case {
+            dim_k: 96,
+            dim_v: 64,
+            n_head: 12,
+            n_head_kv: 4,
+            group_k: 4,
+            group_v: 4,
+            rope: rope(RopeKind::Neox, 48),
+            ..mha.clone()
+        },
         // nothing kept in some groups
         Case { bits_k: vec![4], bits_v: vec![5, 3], group_k: 2, group_v: 2, ..small.clone() },
         Case { n_kv: 1500, bits_k: falling(60, 6, 2), bits_v: falling(90, 6, 2), ..Case::default() },
@@ -178,7 +230,9 @@ impl Case {
     fn positions(&self) -> Vec<i32> {
         let first = if self.far { 120_000 } else { 0 };
         // a shift in the middle, as after a part of a conversation was removed
-        (0..self.n_stream * self.n_kv).map(|i| first + (i % self.n_kv) as i32 + if self.far && i % self.n_kv > 400 { 41 } else { 0 }).collect()
+        (0..self.n_stream * self.n_kv)
+            .map(|i| first + (i % self.n_kv) as i32 + if self.far && i % self.n_kv > 400 { 41 } else { 0 })
+            .collect()
     }
 }
 
@@ -232,9 +286,17 @@ fn rows_are_stored_as_on_the_cpu() {
                 if idxs.contains(&(t as i64)) {
                     let is_bad = n_token == 3 && idxs[1] == t as i64 && p.groups[0].rank > 0;
                     assert_eq!(is_bad, a.iter().any(|x| x.is_nan()), "{case:?} {side:?} {n_token} tokens: row {t}");
-                    assert!(is_bad || error(a, b) < 2e-2, "{case:?} {side:?} {n_token} tokens: row {t}: {}", error(a, b));
+                    assert!(
+                        is_bad || error(a, b) < 2e-2,
+                        "{case:?} {side:?} {n_token} tokens: row {t}: {}",
+                        error(a, b)
+                    );
                 } else {
-                    assert_eq!(got[t * p.row_bytes..][..p.row_bytes], want[t * p.row_bytes..][..p.row_bytes], "row {t} is not to be touched");
+                    assert_eq!(
+                        got[t * p.row_bytes..][..p.row_bytes],
+                        want[t * p.row_bytes..][..p.row_bytes],
+                        "row {t} is not to be touched"
+                    );
                 }
             }
             let same = got.chunks(p.row_bytes).zip(want.chunks(p.row_bytes)).filter(|(a, b)| a == b).count();
@@ -289,7 +351,13 @@ fn attention_is_that_of_the_cpu() {
             let (c, t) = (at % case.n_kv, at / case.n_kv % case.n_token);
             let future = c + case.n_token > case.n_kv + t;
             let hidden = future || (200..290).contains(&c) || s.random.below(10) == 0 || (case.n_token == 5 && t == 2);
-            *m = if hidden { f32::NEG_INFINITY } else if case.max_bias > 0.0 { c as f32 - case.n_kv as f32 } else { 0.0 };
+            *m = if hidden {
+                f32::NEG_INFINITY
+            } else if case.max_bias > 0.0 {
+                c as f32 - case.n_kv as f32
+            } else {
+                0.0
+            };
         }
         // cells that no query sees hold garbage
         for c in 0..case.n_stream * case.n_kv {
@@ -302,7 +370,8 @@ fn attention_is_that_of_the_cpu() {
             }
         }
         let mask16: Vec<u16> = mask.iter().map(|&m| f16::from_f32(m).to_bits()).collect();
-        let q: Vec<f32> = (0..case.n_stream * case.n_token * case.n_head * case.dim_k).map(|_| s.random.normal() as f32).collect();
+        let q: Vec<f32> =
+            (0..case.n_stream * case.n_token * case.n_head * case.dim_k).map(|_| s.random.normal() as f32).collect();
         let sinks: Vec<f32> = (0..case.n_head).map(|_| s.random.normal() as f32).collect();
         let n_out = case.n_stream * case.n_token * case.n_head * case.dim_v;
         let mut want = vec![f32::NAN; n_out];
@@ -339,7 +408,8 @@ fn attention_is_that_of_the_cpu() {
             s.cpu.attend(&params, 0, 1);
             s.cpu.combine(&params, 0, 1);
         }
-        let (gq, gpos, gsinks) = (Buffer::new(&stream, &q, f32::NAN), Buffer::new(&stream, &pos, 0), Buffer::new(&stream, &sinks, f32::NAN));
+        let (gq, gpos, gsinks) =
+            (Buffer::new(&stream, &q, f32::NAN), Buffer::new(&stream, &pos, 0), Buffer::new(&stream, &sinks, f32::NAN));
         let (gk, gv) = (Buffer::new(&stream, &rows[0], 0xff), Buffer::new(&stream, &rows[1], 0xff));
         let (m16, m32) = (Buffer::new(&stream, &mask16, 0), Buffer::new(&stream, &mask, f32::NAN));
         let partial = Buffer::new(&stream, &vec![f32::NAN; s.gpu.partial_size(shapes).unwrap()], f32::NAN);
