@@ -99,28 +99,34 @@ impl Checkpoint {
 /// Divergences that were measured, by a hash of everything that they depend on: lines of a text file, appended as they come.
 pub struct Memo {
     path: PathBuf,
+    statistics: PathBuf,
     known: HashMap<u64, f64>,
 }
 
 impl Memo {
-    /// Reads what there is; lines that make no sense (the last of an interrupted run) are left out.
-    pub fn open(path: PathBuf) -> Self {
+    /// Reads what stands beside the checkpoint `statistics`; lines that make no sense (the last of an interrupted run) are left out.
+    pub fn open(statistics: &Path) -> Self {
+        let path = with_suffix(statistics, ".probes");
         let text = std::fs::read_to_string(&path).unwrap_or_default();
         let parse = |line: &str| {
             let (key, value) = line.strip_suffix(" .")?.split_once(' ')?;
             Some((u64::from_str_radix(key, 16).ok()?, f64::from_bits(u64::from_str_radix(value, 16).ok()?)))
         };
         let known = text.lines().filter_map(parse).collect();
-        Self { path, known }
+        Self { path, statistics: statistics.to_owned(), known }
     }
 
     pub fn get(&self, key: u64) -> Option<f64> {
         self.known.get(&key).copied()
     }
 
-    /// A file that cannot be written costs no more than the time of the measurement.
+    /// A file that cannot be written costs no more than the time of the measurement. Without statistics to take up, it would be
+    /// litter.
     pub fn put(&mut self, key: u64, value: f64) {
         self.known.insert(key, value);
+        if !self.statistics.exists() {
+            return;
+        }
         let file = File::options().append(true).create(true).open(&self.path);
         // the newline first: what an interrupted run left of its last line ends there
         let _ = file.and_then(|mut f| f.write_all(format!("\n{key:016x} {:016x} .", value.to_bits()).as_bytes()));
@@ -172,16 +178,20 @@ mod tests {
     #[test]
     fn divergences_survive_and_cut_lines_do_not() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("memo");
-        let mut memo = Memo::open(path.clone());
+        let statistics = directory.path().join("a.stats");
+        let path = directory.path().join("a.stats.probes");
+        Memo::open(&statistics).put(1, 0.1);
+        assert!(!path.exists(), "without statistics there is nothing to take up");
+        std::fs::write(&statistics, "").unwrap();
+        let mut memo = Memo::open(&statistics);
         memo.put(1, 0.1);
         memo.put(2, 1e-9);
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, &text[..text.len() - 3]).unwrap();
-        let mut memo = Memo::open(path.clone());
+        let mut memo = Memo::open(&statistics);
         assert_eq!((memo.get(1), memo.get(2)), (Some(0.1), None));
         memo.put(3, 0.25);
-        let memo = Memo::open(path);
+        let memo = Memo::open(&statistics);
         assert_eq!((memo.get(1), memo.get(2), memo.get(3)), (Some(0.1), None, Some(0.25)));
     }
 }

@@ -387,7 +387,7 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
 
     let stem = options.statistics.clone().unwrap_or_else(|| with_suffix(&options.output, ".stats"));
     let mut files = Vec::new();
-    let memo = Memo::open(with_suffix(&stem, ".probes"));
+    let memo = Memo::open(&stem);
     let mut probe = Probe::new(&model, &tap, &windows.probe, n_thread, memo, model.identity)?;
     let n_probe_real = windows.probe.iter().map(Vec::len).sum();
     let meta = Meta {

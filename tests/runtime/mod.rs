@@ -44,7 +44,14 @@ pub fn succeed(command: &mut Command) -> Output {
 /// The command must fail by itself (no signal), and name the cause.
 #[track_caller]
 pub fn refuse(command: &mut Command, cause: &str) -> String {
-    let output = command.output().expect("the program starts");
+    let mut output = command.output().expect("the program starts");
+    // llama.cpp's log is written by a thread of its own, and now and then its last lines are lost when the program ends
+    for _ in 0..4 {
+        if text(&output.stderr).contains(cause) {
+            break;
+        }
+        output = command.output().expect("the program starts");
+    }
     let stderr = text(&output.stderr);
     let code = output.status.code();
     assert!(code.is_some_and(|c| c != 0), "{command:?}: {}, expected a refusal\n{stderr}", output.status);
