@@ -22,7 +22,7 @@ use crate::kernels::generic::{
 use crate::kernels::{self, dispatch, room, round_up, Aligned, Arena, Isa, PAD, TILE, TRIG_STRIDE};
 use crate::projection::{Group, Layer, Side, SideProj};
 use crate::rope::{Angles, RopeKind, RopeParams};
-use anyhow::{ensure, Result};
+use anyhow::Result;
 use std::f32::consts::LOG2_E;
 use std::ptr::null;
 use std::sync::Arc;
@@ -379,15 +379,7 @@ struct TileScratch {
 impl AttnLayer {
     /// Prepares a layer. Fails where `rope` does not fit the layer's heads.
     pub fn new(layer: &Layer, rope: &RopeParams) -> Result<Self> {
-        let [k, v] = [layer.side(Side::Key), layer.side(Side::Value)];
-        ensure!(
-            k.n_head_kv == v.n_head_kv,
-            "layer {} has {} heads of keys and {} of values",
-            layer.il,
-            k.n_head_kv,
-            v.n_head_kv
-        );
-        rope.check(k.head_dim)?;
+        let [k, v] = layer.sides_for(rope)?;
         let mut order = Vec::with_capacity(k.head_dim);
         let mut angles = None;
         let pairs = rope.pairs(k.head_dim);

@@ -282,12 +282,18 @@ impl Rope {
     }
 }
 
+/// A null pointer is no RoPE.
+unsafe fn rope_or_none(rope: *const Rope) -> Result<RopeParams> {
+    // SAFETY: not null; the caller promises a palu_rope
+    if rope.is_null() { Ok(RopeParams::none()) } else { unsafe { (*rope).params() } }
+}
+
 #[no_mangle]
 pub unsafe extern "C" fn palu_layer_create(proj: *const Projection, il: i32, rope: *const Rope, out: *mut *mut AttnLayer) -> Status {
     guard(Status::Argument, || {
         let layer = layer_of(unsafe { reference(proj, "proj") }?, il)?;
         ensure!(!out.is_null(), "out is a null pointer");
-        let rope = if rope.is_null() { RopeParams::none() } else { unsafe { (*rope).params() }? };
+        let rope = unsafe { rope_or_none(rope) }?;
         let ready = AttnLayer::new(layer, &rope)?;
         // SAFETY: not null; the caller promises that it can be written
         unsafe { *out = Box::into_raw(Box::new(ready)) };
@@ -552,7 +558,7 @@ mod cuda {
         guard(Status::Unsupported, || {
             let layer = layer_of(unsafe { reference(proj, "proj") }?, il)?;
             ensure!(!out.is_null(), failure(Status::Argument, "out is a null pointer"));
-            let rope = if rope.is_null() { RopeParams::none() } else { unsafe { (*rope).params() }? };
+            let rope = unsafe { rope_or_none(rope) }?;
             let layer = CudaLayer::new(layer, &rope, device)?;
             let description = CString::new(layer.description()).unwrap_or_default();
             // SAFETY: not null; the caller promises that it can be written
@@ -704,7 +710,7 @@ mod convert {
                 n_head_kv: count(self.n_head_kv, "n_head_kv")?,
                 head_dim_k: count(self.head_dim_k, "head_dim_k")?,
                 head_dim_v: count(self.head_dim_v, "head_dim_v")?,
-                rope: if self.rope.is_null() { RopeParams::none() } else { unsafe { (*self.rope).params() }? },
+                rope: unsafe { rope_or_none(self.rope) }?,
                 scoring: Scoring { scale: self.scale, softcap: self.softcap, max_bias: self.max_bias, reach, sinks: sinks.to_vec() },
             })
         }

@@ -528,15 +528,7 @@ impl CudaLayer {
     /// Puts a layer on a GPU. Fails where the kernels cannot do it, saying why.
     pub fn new(layer: &Layer, rope: &RopeParams, ordinal: i32) -> Result<Self> {
         let device = Device::get(ordinal)?;
-        let [k, v] = [layer.side(Side::Key), layer.side(Side::Value)];
-        ensure!(
-            k.n_head_kv == v.n_head_kv,
-            "layer {} has {} heads of keys and {} of values",
-            layer.il,
-            k.n_head_kv,
-            v.n_head_kv
-        );
-        rope.check(k.head_dim)?;
+        let [k, v] = layer.sides_for(rope)?;
         ensure!(k.head_dim % 2 == 0, "heads of {} dimensions (an odd number) are not supported on a GPU", k.head_dim);
         let mut tables = Tables::default();
         let pairs = rope.pairs(k.head_dim);

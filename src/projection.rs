@@ -182,6 +182,20 @@ impl Layer {
     pub fn side(&self, side: Side) -> &SideProj {
         &self.sides[side as usize]
     }
+
+    /// Keys and values, where they fit each other and this RoPE.
+    pub(crate) fn sides_for(&self, rope: &crate::rope::RopeParams) -> Result<[&SideProj; 2]> {
+        let [k, v] = &self.sides;
+        ensure!(
+            k.n_head_kv == v.n_head_kv,
+            "layer {} has {} heads of keys and {} of values",
+            self.il,
+            k.n_head_kv,
+            v.n_head_kv
+        );
+        rope.check(k.head_dim)?;
+        Ok([k, v])
+    }
 }
 
 /// A projection file at one budget.

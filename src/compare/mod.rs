@@ -13,10 +13,10 @@ pub mod score;
 pub mod windows;
 
 use crate::convert::host::{Cache, Host};
-use crate::convert::normalize_args;
+use crate::convert::{check_model, n_thread, normalize_args};
 use crate::hash::xxh64;
 use crate::projection::{Projection, ProjectionFile};
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, Context, Result};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -140,17 +140,12 @@ fn model_files(path: &Path) -> Vec<PathBuf> {
 
 impl Options {
     fn n_thread(&self) -> usize {
-        self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), |n| n as usize)
+        n_thread(self.threads)
     }
 
     /// What can be told to be wrong before the model is loaded, in one sentence.
     pub fn check(&self) -> Result<()> {
-        use std::io::Read;
-        let model = self.model.display();
-        let mut magic = [0u8; 4];
-        let file = std::fs::File::open(&self.model).with_context(|| format!("cannot open model {model}"))?;
-        ensure!(file.metadata().is_ok_and(|m| m.is_file()), "model {model} is not a regular file");
-        ensure!((&file).read_exact(&mut magic).is_ok() && &magic == b"GGUF", "model {model} is not a GGUF file");
+        check_model(&self.model)?;
         for text in &self.texts {
             windows::read_text(text)?;
         }

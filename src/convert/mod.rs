@@ -208,23 +208,34 @@ pub fn normalize_args(args: impl IntoIterator<Item = OsString>) -> Vec<OsString>
     args.into_iter().map(|a| if a == "-ngl" { "--ngl".into() } else { a }).collect()
 }
 
+/// Threads that were asked for, else all processors.
+pub(crate) fn n_thread(asked: Option<u32>) -> usize {
+    asked.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), |n| n as usize)
+}
+
+/// What can be told of a model file before the runtime loads it.
+pub(crate) fn check_model(path: &Path) -> Result<()> {
+    use std::io::Read;
+    let model = path.display();
+    let mut magic = [0u8; 4];
+    let file = std::fs::File::open(path).with_context(|| format!("cannot open model {model}"))?;
+    ensure!(file.metadata().is_ok_and(|m| m.is_file()), "model {model} is not a regular file");
+    ensure!((&file).read_exact(&mut magic).is_ok() && &magic == b"GGUF", "model {model} is not a GGUF file");
+    Ok(())
+}
+
 impl Options {
     fn is_self(&self) -> bool {
         self.calibration.as_os_str() == "self"
     }
 
     fn n_thread(&self) -> usize {
-        self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), |n| n as usize)
+        n_thread(self.threads)
     }
 
     /// What can be told to be wrong before the model is loaded, in one sentence.
     pub fn check(&self) -> Result<()> {
-        use std::io::Read;
-        let model = self.model.display();
-        let mut magic = [0u8; 4];
-        let file = std::fs::File::open(&self.model).with_context(|| format!("cannot open model {model}"))?;
-        ensure!(file.metadata().is_ok_and(|m| m.is_file()), "model {model} is not a regular file");
-        ensure!((&file).read_exact(&mut magic).is_ok() && &magic == b"GGUF", "model {model} is not a GGUF file");
+        check_model(&self.model)?;
         if !self.is_self() {
             windows::read_text(&self.calibration)?;
         }
