@@ -1,7 +1,7 @@
 // check.cu - checks the kernels against a CPU implementation in double precision, and times them.
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -pthread -o check check.cu
-//   ./check [check|bench|all [NAME [CELLS]]]
+//   ./check [check|bench|all [NAME [CELLS]]]      PALU_CHAINED=0: without programmatic dependent launch
 //
 // NAME picks the cases whose name has it, CELLS how many are timed. Prints one line per case and exits with 1 if any is wrong. Inputs are
 // random; outputs and scratch are poisoned with not-a-number before each run, and cells that no query sees hold rows of
@@ -74,8 +74,8 @@ struct Side {
     int n_head, hd, group_size;
 };
 
-// Ranks per group; bits fall from b_first to b_last over a group's channels, or are random (b_first = 0).
-static Side make_side(int n_head, int hd, int group_size, std::vector<int> ranks, int b_first, int b_last, const std::vector<int32_t> * pairs, bool store, int align, int planes = 1) {
+// Ranks per group; bits fall from b_first to b_last over a group's channels (faster at first with a larger curve), or are random (b_first = 0).
+static Side make_side(int n_head, int hd, int group_size, std::vector<int> ranks, int b_first, int b_last, const std::vector<int32_t> * pairs, bool store, int align, int planes = 1, double curve = 1) {
     Side s;
     s.n_head = n_head;
     s.hd = hd;
@@ -96,7 +96,7 @@ static Side make_side(int n_head, int hd, int group_size, std::vector<int> ranks
         offset += 2;
         for (int i = 0; i < rank/8; i++) {
             const int n = rank/8;
-            const int bits = b_first == 0 ? 1 + (int)(rng()%8) : n == 1 ? b_first : (int) std::lround(b_first + (double)(b_last - b_first)*i/(n - 1));
+            const int bits = b_first == 0 ? 1 + (int)(rng()%8) : n == 1 ? b_first : (int) std::lround(b_last + (b_first - b_last)*std::pow(1 - i/(n - 1.0), curve));
             s.segs.push_back(offset | bits << 24);
             offset += bits;
         }
@@ -250,9 +250,11 @@ struct Case {
     int positions; // 0: consecutive, 1: in pieces, 2: random
     int align;     // of rows
     int planes = 1;
+    double curve_k = 1, curve_v = 1; // how bits fall
 };
 
 static palu_cuda_device device = { 90, 132, 232448 };
+static bool chained = true; // programmatic dependent launch
 
 // The kernels by name, as the library finds them in the fatbin.
 struct Named { const char * name; const void * f; };
@@ -275,7 +277,18 @@ template <typename P> static void launch(const palu_cuda_launch & l, P p, cudaSt
                 CHECK(cudaFuncSetAttribute(k.f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) l.smem));
             }
             void * args[] = { &p };
-            CHECK(cudaLaunchKernel(k.f, dim3(l.grid[0], l.grid[1], l.grid[2]), dim3(l.block), args, l.smem, stream));
+            // as src/cuda.rs launches them
+            cudaLaunchAttribute attribute = {};
+            attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attribute.val.programmaticStreamSerializationAllowed = 1;
+            cudaLaunchConfig_t config = {};
+            config.gridDim = dim3(l.grid[0], l.grid[1], l.grid[2]);
+            config.blockDim = dim3(l.block);
+            config.dynamicSmemBytes = l.smem;
+            config.stream = stream;
+            config.attrs = &attribute;
+            config.numAttrs = chained && device.arch >= 90;
+            CHECK(cudaLaunchKernelExC(&config, k.f, args));
             return;
         }
     }
@@ -295,8 +308,8 @@ struct Problem {
 static Problem make_problem(const Case & c, bool rows = true) {
     Problem x;
     x.rope = make_rope(c.hd_k, c.n_rot, c.n_offs, c.norm, 10000.0f, c.norm ? 1.1f : 1.0f);
-    x.k = make_side(c.n_head_kv, c.hd_k, c.group_k, c.rank_k, c.b0_k, c.b1_k, &x.rope.pair_dim, false, c.align, c.planes);
-    x.v = make_side(c.n_head_kv, c.hd_v, c.group_v, c.rank_v, c.b0_v, c.b1_v, nullptr, false, c.align, c.planes);
+    x.k = make_side(c.n_head_kv, c.hd_k, c.group_k, c.rank_k, c.b0_k, c.b1_k, &x.rope.pair_dim, false, c.align, c.planes, c.curve_k);
+    x.v = make_side(c.n_head_kv, c.hd_v, c.group_v, c.rank_v, c.b0_v, c.b1_v, nullptr, false, c.align, c.planes, c.curve_v);
     palu_cuda_attn & p = x.p;
     std::vector<int8_t> tiles(x.k.dec.size());
     if (!palu_cuda_tile_keys(&x.k.dev, x.k.groups.data(), x.rope.pair_dim.data(), x.k.dec.data(), tiles.data())) {
@@ -676,6 +689,7 @@ int main(int argc, char ** argv) {
     const std::string what = argc > 1 ? argv[1] : "all";
     only = argc > 2 ? argv[2] : nullptr;
     only_size = argc > 3 ? atoi(argv[3]) : 0;
+    chained = !getenv("PALU_CHAINED") || atoi(getenv("PALU_CHAINED"));
     cudaDeviceProp prop;
     CHECK(cudaGetDeviceProperties(&prop, 0));
     device.arch = 10*prop.major + prop.minor;
@@ -700,6 +714,8 @@ int main(int argc, char ** argv) {
         { "heads of 192 and 96, ranks 0 to 64, 9 tokens", 6, 3, 192, 96,  1, 1, {64, 0, 8}, {0, 48, 24}, 0, 0, 0, 0,  9, 2,  99, 64, 128, true, 2, true, 0, 0, 1, 4 },
         { "heads of 80, 21 tokens, no RoPE", 4, 4, 80, 80,  2, 4, {88}, {200}, 4, 1, 4, 1,  21, 1,  70, 0, 0, false, 1, false, 0, 0, 0, 4 },
         { "decoders of two planes, 2 tokens", 8, 4, 128, 128,  4, 4, {120}, {200}, 6, 1, 6, 1,  2, 2,  210, 128, 0, false, 1, false, 0, 0, 0, 4, 2 },
+        { "GQA 32/8x128 joint, 480 and 640, as converted", 32, 8, 128, 128,  8, 8, {480}, {640}, 7, 1, 7, 1,  1, 1,  1500, 128, 0, false, 0, false, 0, 0, 0, 4, 1, 2, 1.2 },
+        { "GQA 24/8x128 joint, 512 and 640, pieces, f16 mask, sinks, 2 streams", 24, 8, 128, 128,  8, 8, {512}, {640}, 7, 1, 7, 1,  1, 2,  700, 128, 0, false, 1, true, 0, 0, 1, 16, 1, 2, 1.2 },
         { "one cell", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  1, 128, 0, false, 0, false, 0, 0, 0, 4 },
     };
     if (what != "bench") {
@@ -736,6 +752,15 @@ int main(int argc, char ** argv) {
         gqa10.b0_k = gqa10.b0_v = 5;
         gqa10.b1_k = gqa10.b1_v = 2;
         bench_case(gqa10, sizes);
+        Case real = gqa;
+        real.name = "GQA joint (480, 640), as converted";
+        real.rank_k = {480};
+        real.rank_v = {640};
+        real.b0_k = real.b0_v = 7;
+        real.b1_k = real.b1_v = 1;
+        real.curve_k = 2;
+        real.curve_v = 1.2;
+        bench_case(real, { 256, 1024, 4096, 16384, 65536, 131072, 262144 });
         gqa.align = 16;
         gqa.name = "GQA joint, rows of 16 bytes";
         bench_case(gqa, { 65536 });

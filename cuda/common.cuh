@@ -11,6 +11,20 @@
 
 static constexpr float LOG2E = 1.4426950408889634f;
 
+// Programmatic dependent launch, from sm_90 on: a kernel may start while the one before it in the stream still runs. Every kernel
+// lets the next one start at once (grid_next), and touches nothing that an earlier kernel writes or reads before all of
+// them are done (grid_wait); tables that never change may be read sooner.
+static __device__ __forceinline__ void grid_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 static __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) {

@@ -235,6 +235,7 @@ static __device__ __forceinline__ void decode_sm90(const palu_cuda_attn & p) {
     constexpr int SCORE_REGS = NS == 3 ? 96 : NV == 2 ? 152 : 184;
     constexpr int VALUE_REGS = NS == 3 ? 96 : NV == 2 ? 104 : 136;
     constexpr bool TWO_BLOCKS = KS > 8; // with fewer channels the other warps hide more than a second block of columns
+    grid_next();
 
     extern __shared__ __align__(16) uint8_t smem_sm90[];
     uint8_t * smem = smem_sm90;
@@ -299,16 +300,6 @@ static __device__ __forceinline__ void decode_sm90(const palu_cuda_attn & p) {
         mbar_init(smem_u32(sm_bar + NS + threadIdx.x), 128*NV);
     }
 
-    // first rows on their way
-    if (scores) {
-        if (wg < n_tile) {
-            stage_k(tile0 + wg);
-        }
-    } else {
-        stage_v(0);
-        stage_v(1);
-    }
-
     // decoder: rows (head, 8 pairs, first or second dimension, pair) in blocks of 64
     {
         const int n = threadIdx.x & 63;
@@ -355,6 +346,17 @@ static __device__ __forceinline__ void decode_sm90(const palu_cuda_attn & p) {
     for (int i = threadIdx.x; i < NS*GP*32*24/16; i += THREADS) {
         ((uint4 *) sm_frag)[i] = make_uint4(0, 0, 0, 0);
     }
+    grid_wait();
+    // first rows on their way
+    if (scores) {
+        if (wg < n_tile) {
+            stage_k(tile0 + wg);
+        }
+    } else {
+        stage_v(0);
+        stage_v(1);
+    }
+
     // query vectors: with the decoder's scales; with the mean; with the halves. A warp per column; to f16 range, with a
     // factor for each vector
     if (threadIdx.x < 256) {

@@ -51,11 +51,11 @@ template <int KS, bool SCALE>
 static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p) {
     constexpr int HD = 128;
     constexpr int GP = HD/16;
-    constexpr int S_STRIDE = 40;       // words of a cell's scores: 8 modulo 32
     constexpr int W_STRIDE = 33;       // words of two cells' weights: 8 of them are 8 modulo 32
     constexpr int N_SLOT = 3;          // of the ring
     constexpr int SLOT = PALU_CUDA_WIDE_SLOT(KS);
     constexpr float P_SCALE = 64.0f;   // weights this much larger: small ones stay normal in f16
+    grid_next();
 
     extern __shared__ __align__(16) uint8_t smem_sm90[];
     const int tid = threadIdx.x & 127;
@@ -78,8 +78,8 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     uint8_t * sm_rows = ring + N_SLOT*SLOT;                // [4][rows_bytes] key rows; then cos, sin: [GP][128] uint4
     uint2   * frag_q = (uint2 *)(sm_rows + 4*rows_bytes);        // [8][GP][16]
     uint4   * frag_b = (uint4 *)(frag_q + 8*GP*16);              // [4][GP][32]
-    float   * sm_s = (float *)(frag_b + 4*GP*32);                // [256][S_STRIDE], then weights [128][W_STRIDE]
-    uint4   * sm_seg = (uint4 *)(sm_s + 256*S_STRIDE);           // [KS*4]
+    float   * sm_s = (float *)(frag_b + 4*GP*32);                // [256][32] at score_at(), then weights [128][W_STRIDE]
+    uint4   * sm_seg = (uint4 *)(sm_s + 256*32);           // [KS*4]
     float   * sm_scale = (float *)(sm_seg + KS*4);               // [3][32]
     float   * sm_part = sm_scale + 96;                           // [3][16][32]: per warp: largest, sum, sum of weights times scales
     float   * sm_sums = sm_part + 3*512;                         // [4][32]: largest, sum, sum of weights times scales, correction
@@ -141,8 +141,6 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
             load_rows(ring + step%N_SLOT*SLOT, rows_v + (int64_t) cell*p.v.row_bytes, cell_end - cell, p.v.row_bytes, lane, bar_values + step%N_SLOT*8);
         }
     };
-    load_keys(0);
-    prefetch_pass(0);
 
     // the decoder comes 64 columns at a time, asked for by one thread
     const int n_block = n_h*2;
@@ -187,32 +185,45 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     for (int i = threadIdx.x; i < 8*GP*16; i += 512) {
         frag_q[i] = make_uint2(0, 0);
     }
+    // what never changes of what the queries meet is loaded before the kernel waits
+    int2 dim[2];
+    float mag[2], scale[2][2];
+    float2 mean[2][2], half[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int pair = i*32 + lane;
+        dim[i] = ((const int2 *) p.rope.pair_dim)[pair];
+        mag[i] = p.rope.mag[pair];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int64_t at = (int64_t)(head0 + min((warp + n*16)/col_head, n_h - 1))*HD;
+            scale[n][i] = gk.rank ? p.k.dec_scale[at + dim[i].x] : 0.0f;
+            mean[n][i] = make_float2(p.k.mean[at + dim[i].x], p.k.mean[at + dim[i].y]);
+            half[n][i] = make_float2(scale[n][i]*p.k.dec_half[at + dim[i].x], scale[n][i]*p.k.dec_half[at + dim[i].y]);
+        }
+    }
+    grid_wait();
+    load_keys(0);
+    prefetch_pass(0);
     __syncthreads();
 #pragma unroll
-    for (int col = warp; col < 32; col += 16) {
+    for (int n = 0; n < 2; n++) {
         // with the decoder's scales; with the mean; with the halves. To f16 range, with a factor for each
+        const int col = warp + n*16;
         float2 v[3][2] = {};
         const int h = col/col_head;
         if (h < n_h) {
             const int qh = (head0 + h)*gqa + col%gqa;
             const float * q = (const float *) ((const char *) p.q + stream*p.q_nb_stream + col%col_head/gqa*p.q_nb_token + qh*p.q_nb_head);
-            const int64_t at = (int64_t)(head0 + h)*HD;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int pair = i*32 + lane;
-                const int da = p.rope.pair_dim[pair*2];
-                const int db = p.rope.pair_dim[pair*2 + 1];
-                const float mag = p.rope.mag[pair];
-                const float qa = q[da]*mag;
-                const float qb = q[db]*mag;
-                const float scale = gk.rank ? p.k.dec_scale[at + da] : 0.0f;
-                const float ma = p.k.mean[at + da];
-                const float mb = p.k.mean[at + db];
-                const float ha = scale*p.k.dec_half[at + da];
-                const float hb = scale*p.k.dec_half[at + db];
-                v[0][i] = make_float2(qa*scale, qb*scale);
-                v[1][i] = make_float2(qa*ma + qb*mb, qb*ma - qa*mb);
-                v[2][i] = make_float2(qa*ha + qb*hb, qb*ha - qa*hb);
+                const float qa = q[dim[i].x]*mag[i];
+                const float qb = q[dim[i].y]*mag[i];
+                const float2 m = mean[n][i];
+                const float2 ha = half[n][i];
+                v[0][i] = make_float2(qa*scale[n][i], qb*scale[n][i]);
+                v[1][i] = make_float2(qa*m.x + qb*m.y, qb*m.x - qa*m.y);
+                v[2][i] = make_float2(qa*ha.x + qb*ha.y, qb*ha.x - qa*ha.y);
             }
         }
 #pragma unroll
@@ -244,6 +255,9 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     // a tile's cells in the rows of wgmma, so that the lanes of a warp read rows that are eight apart
     const int row0 = (warp & 3)*16 + l4;           // and row0 + 8
     const int my_cell = l4*8 + (warp & 3)*2;       // and my_cell + 1
+    const int my_score = wg*64 + row0;             // where their scores stand, and 8 further
+    // rows of 32 scores, each turned so that eight rows' pairs of columns hit different banks
+    auto score_at = [](int row, int col) { return row*32 + (col ^ (row & 7)*4); };
     const uint32_t group_k = 8*p.k.row_bytes + 16; // bytes of eight rows
     const uint32_t group_v = 8*p.v.row_bytes + 16;
     const int part = warp & 1;   // half of a value step
@@ -322,7 +336,6 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
                 }
             }
         }
-        float * out = sm_s + (wg*64 + row0)*S_STRIDE;
         uint32_t parity = 0; // of the times that a slot has been filled in this pass
         float sq[4] = {};
         int acc[32] = {};    // set for the same reason
@@ -390,11 +403,11 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
                     if (b & 1) {
                         if (quad*2 < col_head) {
                             const int col = (b >> 1)*col_head + quad*2;
-                            out[col] = sq[0] + (s0[0] + s1[0]);
-                            out[8*S_STRIDE + col] = sq[2] + (s0[2] + s1[2]);
+                            sm_s[score_at(my_score, col)] = sq[0] + (s0[0] + s1[0]);
+                            sm_s[score_at(my_score + 8, col)] = sq[2] + (s0[2] + s1[2]);
                             if (quad*2 + 1 < col_head) {
-                                out[col + 1] = sq[1] + (s0[1] + s1[1]);
-                                out[8*S_STRIDE + col + 1] = sq[3] + (s0[3] + s1[3]);
+                                sm_s[score_at(my_score, col + 1)] = sq[1] + (s0[1] + s1[1]);
+                                sm_s[score_at(my_score + 8, col + 1)] = sq[3] + (s0[3] + s1[3]);
                             }
                         }
                     } else {
@@ -444,7 +457,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
                             const char * from = (const char *) p.mask + stream*p.mask_nb_stream + token*p.mask_nb_token;
                             mask = p.mask_f16 ? __half2float(((const __half *) from)[cell]) : ((const float *) from)[cell];
                         }
-                        float * to = out + i*8*S_STRIDE + col;
+                        float * to = sm_s + score_at(my_score + i*8, col);
                         float x = scale_k[i]*(*to*fq + sh[i*2 + j]*fh) + sm[i*2 + j]*fm;
                         if (p.softcap != 0.0f) {
                             x = p.softcap*tanhf(x/p.softcap);
@@ -455,7 +468,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
             }
         } else {
             for (int i = 0; i < 64; i += 4) {
-                sm_s[(wg*64 + i + (warp & 3))*S_STRIDE + lane] = -INFINITY;
+                sm_s[score_at(wg*64 + i + (warp & 3), lane)] = -INFINITY;
             }
         }
 #pragma unroll
@@ -479,7 +492,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
             float top = -INFINITY;
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                x[i] = sm_s[(warp*16 + i)*S_STRIDE + lane];
+                x[i] = sm_s[score_at(warp*16 + i, lane)];
                 top = fmaxf(top, x[i]);
             }
             sm_part[warp*32 + lane] = top;
@@ -650,7 +663,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
 
         // both halves together, in the ring, as [column][channel]; then to what the passes before have written
         __syncthreads();
-        auto sums_of = [&](int col) { return (float *) ring + col*640 + (col >> 1 & 3)*2; }; // a warp's columns in different banks
+        auto sums_of = [&](int col) { return (float *) ring + col*648 + (col >> 1 & 3)*2; }; // a warp's columns in different banks
         const int first_more = s_more*8 + (unit & 3)*2;
 #pragma unroll
         for (int turn = 1; turn >= 0; turn--) {

@@ -32,6 +32,8 @@ static __device__ float row_scale(const uint8_t * row, int offset) {
 }
 
 extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_constant__ palu_cuda_attn p) {
+    grid_next();
+    grid_wait();
     constexpr int T = 32;
     extern __shared__ __align__(16) uint8_t smem[];
     const int tid = threadIdx.x;
@@ -216,6 +218,7 @@ extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_const
 //
 
 extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_constant__ palu_cuda_attn p) {
+    grid_next();
     extern __shared__ __align__(16) uint8_t smem[];
     float * u = (float *) smem;                           // [n_part][rank], at most 4096 or rank_pad
     float * all_u = u + max(4096, p.rank_stride + 32);    // [rank_pad] values summed as codes
@@ -228,9 +231,28 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
     const int64_t row = ((int64_t) blockIdx.z*p.n_token + blockIdx.y)*p.n_head + qh;
     const int stride = 4 + p.rank_stride;
     const float * part = p.partial + row*p.n_chunk*stride;
+    const int lane = tid & 31;
+
+    // a warp per dimension; what never changes is loaded before the kernel waits
+    const int hd = p.v.head_dim;
+    const int d = blockIdx.x%n_block*32 + tid/32;
+    const int4 * dec = (const int4 *)(p.v.dec + g.dec0 + ((int64_t)(head%p.v.group_size)*hd + d)*g.rank_pad);
+    const int64_t plane = (int64_t) p.v.group_size*hd*g.rank_pad/16; // of a decoder, in 16 bytes
+    int4 first[2] = {}; // the first 1024 channels of the first plane
+    float scale_d = 0.0f, mean_d = 0.0f;
+    if (d < hd) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (i*32 + lane < g.rank_pad/16) {
+                first[i] = __ldg(dec + i*32 + lane);
+            }
+        }
+        scale_d = g.rank ? p.v.dec_scale[(int64_t) head*hd + d] : 0.0f;
+        mean_d = p.v.mean[(int64_t) head*hd + d];
+    }
+    grid_wait();
 
     // a thread per chunk
-    const int lane = tid & 31;
     const float sink = p.sinks ? p.sinks[qh]*LOG2E : -INFINITY;
     float top = sink;
     for (int i = tid; i < p.n_chunk; i += 1024) {
@@ -295,16 +317,12 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
         all_u[c] = x - ((1 << bits) - 1)*0.5f*sum_v;
     }
     __syncthreads();
-    // a warp per dimension
-    const int hd = p.v.head_dim;
-    const int d = blockIdx.x%n_block*32 + tid/32;
     float x = 0.0f;
     if (d < hd) {
-        for (int plane = 0; plane < p.v.planes; plane++) {
+        for (int n = 0; n < p.v.planes; n++) {
             x *= 256.0f;
-            const int4 * w = (const int4 *)(p.v.dec + g.dec0 + (((int64_t) plane*p.v.group_size + head%p.v.group_size)*hd + d)*g.rank_pad);
             for (int i = lane; i < g.rank_pad/16; i += 32) {
-                const int4 v = __ldg(w + i);
+                const int4 v = n == 0 && i < 32 ? first[0] : n == 0 && i < 64 ? first[1] : __ldg(dec + n*plane + i);
                 const int word[4] = { v.x, v.y, v.z, v.w };
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -319,8 +337,7 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
     }
     x = warp_sum(x);
     if (d < hd && lane == 0) {
-        const float s = g.rank ? p.v.dec_scale[(int64_t) head*hd + d]*x : 0.0f;
-        p.out[row*hd + d] = all > 0.0f || all != all ? (s + p.v.mean[(int64_t) head*hd + d]*sum)*inv : 0.0f;
+        p.out[row*hd + d] = all > 0.0f || all != all ? (scale_d*x + mean_d*sum)*inv : 0.0f;
     }
 }
 

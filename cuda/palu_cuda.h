@@ -258,14 +258,14 @@ static inline size_t palu_cuda_wide_smem(const palu_cuda_attn * p, int32_t k_ste
     return (size_t) 3*PALU_CUDA_WIDE_SLOT(k_steps) // decoder, value rows
          + 4*palu_cuda_wide_rows(p)
          + (size_t) 8*8*16*8 + 4*8*32*16    // query fragments
-         + (size_t) 256*40*4                // scores
+         + (size_t) 256*32*4                // scores
          + (size_t) k_steps*4*16            // segments
          + (size_t) 4*(3*32 + 3*16*32 + 4*32 + 2*32 + 256 + 64 + 128)
          + 256;
 }
 
 // Kernels of decode_sm90_wide: X(key channels/32).
-#define PALU_CUDA_WIDE_KERNELS(X) X(8) X(11) X(14)
+#define PALU_CUDA_WIDE_KERNELS(X) X(8) X(11) X(14) X(16)
 
 #ifdef __cplusplus
 }

@@ -14,6 +14,8 @@
 // of four warps.
 template <int MF, int WM, int NH, bool KEYS>
 static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
+    grid_next();
+    grid_wait();
     constexpr int M = 16*MF*WM;
     constexpr int WN = 8/WM;
     constexpr int N = 64*NH*WN;

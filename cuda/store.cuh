@@ -42,6 +42,11 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
     const int t0 = blockIdx.z*T;
     const int n_t = min(T, p.n_token - t0);
     const __half * enc = (const __half *) p.side.enc + group.enc0 + (int64_t) c*d;
+    grid_next();
+    for (int j = lane*64; j < d; j += 32*64) {
+        asm volatile("prefetch.global.L2 [%0];" :: "l"(enc + j));
+    }
+    grid_wait();
     const float * mean = p.side.mean + (int64_t) gi*d;
     const char * x = (const char *) p.x + (int64_t) gi*p.side.group_size*p.x_nb_head + t0*p.x_nb_token;
     float sum[T] = {};
@@ -90,6 +95,8 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
 // 16 tokens and 64 channels per block, 64 dimensions at a time, of which a warp takes a quarter
 extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_constant__ palu_cuda_store p) {
 #ifdef PALU_SM80
+    grid_next();
+    grid_wait();
     constexpr int STAGES = 4;
     constexpr int X_STRIDE = 80; // floats; 16 modulo 32, so that the rows of a quarter warp differ in their banks
     constexpr int E_STRIDE = 80; // halves; 32 bytes modulo 128, likewise
@@ -244,6 +251,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
 // does less in total.
 template <int WARPS>
 static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8_t * smem, int token, int gi) {
+    grid_next();
     constexpr int THREADS = 32*WARPS;
     const int tid = threadIdx.x%THREADS;
     const int lane = threadIdx.x & 31;
@@ -257,6 +265,14 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
     const uint32_t * segs = p.side.segs + group.seg0;
     const float * step = p.side.step + group.step0;
     const float * z = p.latent + (int64_t) token*p.side.rank_sum + group.step0;
+    // a layer's tables come from memory for every token: before the kernel waits
+    for (int c = tid*32; c < rank; c += THREADS*32) {
+        asm volatile("prefetch.global.L2 [%0];" :: "l"(step + c));
+        if (c%256 == 0) {
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(segs + c/8));
+        }
+    }
+    grid_wait();
     uint8_t * row = p.rows + p.idxs[token]*(int64_t) p.side.row_bytes;
 
     auto sync = [] {

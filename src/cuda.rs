@@ -214,6 +214,8 @@ pub struct Device {
     functions: Mutex<HashMap<CString, usize>>,
     info: DeviceInfo,
     name: String,
+    /// kernels may be launched before the one in front is done
+    early: bool,
 }
 
 // SAFETY: module and functions are handles that the driver lets any thread use
@@ -274,7 +276,12 @@ impl Device {
             }
             Err(e) => driver("the kernels cannot be loaded", Err(e))?,
         };
-        Ok(Self { context, module, functions: Mutex::default(), info, name })
+        let mut version = 0;
+        // SAFETY: writes one number
+        driver("cannot be asked for its version", unsafe { sys::cuDriverGetVersion(&mut version).result() })?;
+        // stream capture knows such launches from CUDA 12.3 on
+        let early = info.arch >= 90 && version >= 12030;
+        Ok(Self { context, module, functions: Mutex::default(), info, name, early })
     }
 
     /// "NVIDIA H200, sm_90"
@@ -314,10 +321,27 @@ impl Device {
         let name = unsafe { CStr::from_ptr(launch.kernel) };
         let f = self.function(name)?;
         let [x, y, z] = launch.grid;
-        let params = &mut [std::ptr::from_mut(params).cast::<c_void>()];
+        let mut params = [std::ptr::from_mut(params).cast::<c_void>()];
+        // the kernel may start before the one in front of it is done; it waits itself (grid_wait() in cuda/common.cuh)
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.smem,
+            hStream: stream.cast(),
+            attrs: &mut early,
+            numAttrs: self.early.into(),
+        };
         // SAFETY: the caller's promise
-        let launched =
-            unsafe { result::launch_kernel(f, (x, y, z), (launch.block, 1, 1), launch.smem, stream.cast(), params) };
+        let launched = unsafe { sys::cuLaunchKernelEx(&config, f, params.as_mut_ptr(), std::ptr::null_mut()).result() };
         driver(&format!("kernel {}", name.to_string_lossy()), launched)
     }
 }
