@@ -2,7 +2,7 @@
 // logits of every evaluated token to a file. The tests compare such files.
 //
 //   palu-steps MODEL OUT [--palu FILE] [--palu-bits B] [--type f32|f16|q4_0] [--ctx N] [--ubatch N] [--seqs N]
-//              [--unified] [--fa 0|1] [--threads N] STEP...
+//              [--unified] [--fa 0|1] [--threads N] [--ngl N] STEP...
 //
 //   eval:SEQ@POS:T,T,..[+SEQ@POS:T,..]   one batch of tokens T of sequence SEQ from position POS on
 //   rand:SEQ@POS:N:SEED                  the same with N tokens of a seeded generator
@@ -123,6 +123,8 @@ int main(int argc, char ** argv) {
             cparams.flash_attn_type = value() == "1" ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
         } else if (arg == "--threads") {
             cparams.n_threads = cparams.n_threads_batch = std::stoi(value());
+        } else if (arg == "--ngl") {
+            mparams.n_gpu_layers = std::stoi(value());
         } else if (arg.rfind("--", 0) == 0) {
             fail(2, "unknown option " + arg);
         } else {
@@ -131,6 +133,7 @@ int main(int argc, char ** argv) {
     }
     cparams.n_batch = cparams.n_ctx;
 
+    ggml_backend_load_all();
     llama_backend_init();
     llama_model * model = llama_model_load_from_file(argv[1], mparams);
     if (!model) {
