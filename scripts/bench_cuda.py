@@ -1,26 +1,33 @@
 #!/usr/bin/env python3
 """`make bench-cuda`: llama-bench on an NVIDIA GPU with a model of an 8B's shape, stock caches beside palu, in one run.
 
-usage: bench_cuda.py [--depths D,D,...] [--prompt N] [--rounds N]
+usage: bench_cuda.py [--depths D,D,...] [--prompt N] [--gen N] [--repetitions N] [--rounds N] [--seconds N] [--json FILE]
 
 The model has random weights (q4_K) and the projection file random bases with the ranks and bits of a trained model's: speed and
-memory are real, words are not. Prints Markdown; docs/performance.md holds what it printed, and where.
+memory are real, words are not. Prints Markdown; docs/performance.md holds what it printed, and where. The JSON file has every
+sample, and grows with each measurement. After --seconds, what is left is left out, the least telling measurements first.
+PALU_LLAMA_BIN names the folder of llama.cpp's programs, if it is not build/llama.cpp/bin.
 """
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = ROOT / "build" / "llama.cpp" / "bin"
+BIN = Path(os.environ.get("PALU_LLAMA_BIN", ROOT / "build" / "llama.cpp" / "bin"))
 WORK = ROOT / "build" / "bench-cuda"
 MODEL, PROJECTION = WORK / "8b.gguf", WORK / "8b.palu.gguf"
 N_LAYER, N_HEAD_KV, HEAD_DIM = 32, 8, 128
 BUDGETS = [2.25, 1.6]
 GIB = 2**30
+
+failed = []  # commands of llama-bench
 
 
 def output(command, check=True):
@@ -47,10 +54,27 @@ def prepare():
     print(projection(identity[1]), file=sys.stderr)
 
 
-def bench(cache, *args):
-    text = output([BIN / "llama-bench", "-m", MODEL, "-ngl", "99", "-fa", "1", "-o", "json", *cache, *args])
-    results = json.loads(text[text.index("[\n"):text.rindex("]") + 1])
-    return {("prompt", r["n_prompt"]) if r["n_prompt"] else ("decode", r["n_depth"]): r["samples_ts"] for r in results}
+def bench(cache, seconds, *args):
+    """One run of llama-bench: its results, one after the other, until the time is up."""
+    command = [BIN / "llama-bench", "-m", MODEL, "-ngl", "99", "-fa", "1", "-o", "jsonl", *cache, *args]
+    with subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        late = threading.Event()
+        timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+        timer.daemon = True
+        timer.start()
+        errors = []
+        reader = threading.Thread(target=lambda: errors.extend(process.stderr))
+        reader.start()
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        process.wait()
+        reader.join()
+        timer.cancel()
+    if process.returncode != 0 and not late.is_set():
+        said = "".join(errors)[-2000:]
+        print(f"bench-cuda: '{' '.join(map(str, command))}' failed with status {process.returncode}:\n{said}", file=sys.stderr, flush=True)
+        failed.append(command)
 
 
 def row(cells):
@@ -61,26 +85,48 @@ def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--depths", default="0,16384,65536,131072")
     parser.add_argument("--prompt", type=int, default=16384)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--gen", type=int, default=32)
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    end = time.monotonic() + args.seconds
     prepare()
     values = 2*N_LAYER*N_HEAD_KV*HEAD_DIM
-    caches = [("f16", 16, []), ("q8_0", 8.5, ["-ctk", "q8_0", "-ctv", "q8_0"]), ("q4_0", 4.5, ["-ctk", "q4_0", "-ctv", "q4_0"])]
-    caches += [(f"palu {b:g}", b, ["--palu", PROJECTION, "--palu-bits", f"{b:g}"]) for b in BUDGETS]
-    samples = {}
-    for _ in range(args.rounds):
-        for name, _, cache in caches:
-            result = bench(cache, "-p", args.prompt, "-n", 0, "-r", 2)
-            result |= bench(cache, "-p", 0, "-n", 64, "-d", args.depths, "-r", 2)
-            for key, speeds in result.items():
-                samples.setdefault((name, key), []).extend(speeds)
+    palu = [(f"palu {b:g}", b, ["--palu", PROJECTION, "--palu-bits", f"{b:g}"]) for b in BUDGETS]
+    caches = [("f16", 16, []), ("q8_0", 8.5, ["-ctk", "q8_0", "-ctv", "q8_0"]), ("q4_0", 4.5, ["-ctk", "q4_0", "-ctv", "q4_0"]), *palu]
+    arguments = {name: cache for name, _, cache in caches}
+    prompt = ["-p", args.prompt, "-n", 0]
+    # most of the time goes into filling the depths; the micro-batch, which decoding does not have, makes that faster
+    decode = ["-p", 0, "-n", args.gen, "-d", args.depths, "-ub", 2048]
+    order = [(name, what) for names in (["f16", palu[0][0]], ["q4_0", palu[1][0], "q8_0"]) for what in (decode, prompt) for name in names]
+    samples, log = {}, []
+    for name, what in order*args.rounds:
+        left = end - time.monotonic()
+        if left <= 0:
+            print(f"bench-cuda: no time left for {name} {' '.join(map(str, what))}", file=sys.stderr)
+            continue
+        for r in bench(arguments[name], min(left, 1e6), *what, "-r", args.repetitions):
+            key = ("prompt", r["n_prompt"]) if r["n_prompt"] else ("decode", r["n_depth"])
+            samples.setdefault((name, key), []).extend(r["samples_ts"])
+            log.append({"cache": name} | {k: r[k] for k in ("gpu_info", "model_type", "n_prompt", "n_gen", "n_depth", "n_ubatch", "samples_ts")})
+            if args.json:
+                args.json.write_text(json.dumps(log, indent=1) + "\n")
+            print(f"{name} {key[0]} {key[1]}: {' '.join(f'{s:.1f}' for s in r['samples_ts'])}", file=sys.stderr, flush=True)
     keys = [("prompt", args.prompt)] + [("decode", int(d)) for d in args.depths.split(",")]
-    median = lambda name, key: statistics.median(samples[name, key])
+
+    def cell(name, key):
+        if (name, key) not in samples:
+            return "-"
+        median = statistics.median(samples[name, key])
+        return f"{median:.0f}" + (f" ({median/statistics.median(samples['f16', key]):.2f}x)" if ("f16", key) in samples else "")
+
     print("\nTokens per second, and the ratio to f16:\n")
     row(["cache", "bytes/token"] + [f"{what} {n}" if what == "prompt" else f"{what} @{n}" for what, n in keys])
     row(["---"]*(2 + len(keys)))
     for name, bits, _ in caches:
-        row([name, f"{values*bits/8:.0f}"] + [f"{median(name, k):.0f} ({median(name, k)/median('f16', k):.2f}x)" for k in keys])
+        row([name, f"{values*bits/8:.0f}"] + [cell(name, k) for k in keys])
 
     # what fits: the weights, and one layer rebuilt as f16 while a prompt is processed, besides the cache
     weights = MODEL.stat().st_size
@@ -91,6 +137,7 @@ def main():
         per_token = values*bits/8 + (2*2*N_HEAD_KV*HEAD_DIM if "palu" in name else 0)
         fits = lambda size: int((size*GIB - weights - 0.6*GIB)/per_token)
         row([name] + [f"{fits(size)} ({fits(size)//32768} slots)" for size in (24, 80)])
+    sys.exit(1 if failed else 0)
 
 
 main()
