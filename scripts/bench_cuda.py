@@ -47,8 +47,12 @@ def prepare():
     output([sys.executable, ROOT / "scripts" / "random_model.py", "gqa-8b", MODEL])
     projection("0")
     # a projection file names its model; the message about a wrong one names the right one
-    refused = output([BIN / "llama-completion", "-m", MODEL, "-no-cnv", "-p", "a", "-n", "1", "--palu", PROJECTION], check=False)
-    identity = re.search(r"this model is ([0-9a-f]{16})", refused)
+    identity = None
+    for _ in range(10):  # llama.cpp's log is written by a thread of its own, and its last lines can be lost when the program ends
+        refused = output([BIN / "llama-completion", "-m", MODEL, "-no-cnv", "-p", "a", "-n", "1", "--palu", PROJECTION], check=False)
+        identity = re.search(r"this model is ([0-9a-f]{16})", refused)
+        if identity:
+            break
     if not identity:
         sys.exit(f"bench-cuda: the model was not identified:\n{refused[-2000:]}")
     print(projection(identity[1]), file=sys.stderr)
