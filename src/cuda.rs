@@ -342,7 +342,7 @@ impl Device {
         };
         // SAFETY: the caller's promise
         let launched = unsafe { sys::cuLaunchKernelEx(&config, f, params.as_mut_ptr(), std::ptr::null_mut()).result() };
-        driver(&format!("kernel {}", name.to_string_lossy()), launched)
+        launched.or_else(|e| driver(&format!("kernel {}", name.to_string_lossy()), Err(e)))
     }
 }
 
@@ -673,11 +673,12 @@ impl CudaLayer {
         let status = unsafe {
             palu_cuda_plan_rebuild(&self.device.info, &mut p, self.groups[side as usize].as_ptr(), &mut launch)
         };
-        let (dim, device) = (p.side.head_dim, self.device.description());
         ensure!(
             status == 0,
-            "no CUDA kernel rebuilds heads of {dim} dimensions and rank {} on {device}",
-            p.side.rank_max
+            "no CUDA kernel rebuilds heads of {} dimensions and rank {} on {}",
+            p.side.head_dim,
+            p.side.rank_max,
+            self.device.description()
         );
         Ok((p, launch))
     }
