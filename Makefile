@@ -4,6 +4,7 @@
 # make cuda    nvcc from Python wheels, where there is no CUDA toolkit: the kernels are compiled, if not run
 # make bench   criterion and llama-bench
 # make bench-cuda  llama-bench on an NVIDIA GPU (LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON make llama first)
+# make bench-attention  the decode kernels on an NVIDIA GPU beside PyTorch's
 # make quality measures what each part of the converter is worth, and writes docs/quality.md (hours; resumable)
 # make docs    regenerates the measured and generated parts of docs/
 
@@ -11,7 +12,7 @@ CARGO ?= cargo
 PYTHON ?= python3
 LIB := target/release/libpalu.a
 
-.PHONY: all lib cuda llama demo test bench bench-cuda quality docs clean
+.PHONY: all lib cuda llama demo test bench bench-cuda bench-attention quality docs clean
 
 all: llama
 
@@ -39,6 +40,9 @@ bench: llama
 bench-cuda:
 	$(CARGO) build --release --example random_projection
 	$(PYTHON) scripts/bench_cuda.py
+
+bench-attention:
+	$(PYTHON) scripts/bench_attention.py --json build/attention.json --plot docs/attention.svg
 
 quality: llama
 	$(PYTHON) scripts/llama.py build llama-quantize
