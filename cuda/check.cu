@@ -1,13 +1,13 @@
 // check.cu - checks the kernels against a CPU implementation in double precision, and times them.
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -pthread -o check check.cu
-//   ./check [check|bench|all [NAME [CELLS]]]      PALU_CHAINED=0: without programmatic dependent launch
+//   ./check [check|bench|all|table [NAME [CELLS]]]      PALU_CHAINED=0: without programmatic dependent launch
 //
 // NAME picks the cases whose name has it, CELLS how many are timed. Prints one line per case and exits with 1 if any is wrong. Inputs are
 // random; outputs and scratch are poisoned with not-a-number before each run, and cells that no query sees hold rows of
 // not-a-number. Both kernels' results are compared by |out - reference|/|reference| over all outputs. Times are medians of
 // 50 runs with events around each, over sets of rows that together exceed the L2 cache, attention and combine together;
-// "back to back" is the mean over 40 without pauses.
+// "back to back" is the mean over 40 without pauses. table: one JSON object per line, for scripts/bench_attention.py.
 
 #include "palu.cu"
 #include "plan.c"
@@ -251,6 +251,7 @@ struct Case {
     int align;     // of rows
     int planes = 1;
     double curve_k = 1, curve_v = 1; // how bits fall
+    int planes_v = 0; // 0: as planes
 };
 
 static palu_cuda_device device = { 90, 132, 232448 };
@@ -309,7 +310,7 @@ static Problem make_problem(const Case & c, bool rows = true) {
     Problem x;
     x.rope = make_rope(c.hd_k, c.n_rot, c.n_offs, c.norm, 10000.0f, c.norm ? 1.1f : 1.0f);
     x.k = make_side(c.n_head_kv, c.hd_k, c.group_k, c.rank_k, c.b0_k, c.b1_k, &x.rope.pair_dim, false, c.align, c.planes, c.curve_k);
-    x.v = make_side(c.n_head_kv, c.hd_v, c.group_v, c.rank_v, c.b0_v, c.b1_v, nullptr, false, c.align, c.planes, c.curve_v);
+    x.v = make_side(c.n_head_kv, c.hd_v, c.group_v, c.rank_v, c.b0_v, c.b1_v, nullptr, false, c.align, c.planes_v ? c.planes_v : c.planes, c.curve_v);
     palu_cuda_attn & p = x.p;
     std::vector<int8_t> tiles(x.k.dec.size());
     if (!palu_cuda_tile_keys(&x.k.dev, x.k.groups.data(), x.rope.pair_dim.data(), x.k.dec.data(), tiles.data())) {
@@ -581,7 +582,7 @@ static void check_case(const Case & c) {
     free_all();
 }
 
-static void bench_case(Case c, const std::vector<int> & sizes) {
+static void bench_case(Case c, const std::vector<int> & sizes, bool json = false) {
     if (left_out(c.name)) {
         return;
     }
@@ -594,21 +595,22 @@ static void bench_case(Case c, const std::vector<int> & sizes) {
         palu_cuda_attn p = x.p;
         const Plan fast = plan(device, p, x);
         // several sets of rows, more than the L2 holds
-        const int64_t bytes = (int64_t) n_kv*(p.k.row_bytes + p.v.row_bytes);
+        const int64_t bytes = (int64_t) c.n_stream*n_kv*(p.k.row_bytes + p.v.row_bytes);
         const int n_set = (int) std::max<int64_t>(1, std::min<int64_t>(32, (300 << 20)/bytes + 1));
         const std::vector<uint8_t> part_k = random_rows(x.k, 4096), part_v = random_rows(x.v, 4096);
         std::vector<const uint8_t *> rows_k, rows_v;
         for (int i = 0; i < n_set; i++) {
-            uint8_t * k = (uint8_t *) room((size_t) n_kv*p.k.row_bytes);
-            uint8_t * v = (uint8_t *) room((size_t) n_kv*p.v.row_bytes);
-            for (int t = 0; t < n_kv; t += 4096) {
-                CHECK(cudaMemcpy(k + (size_t) t*p.k.row_bytes, part_k.data(), (size_t) std::min(4096, n_kv - t)*p.k.row_bytes, cudaMemcpyHostToDevice));
-                CHECK(cudaMemcpy(v + (size_t) t*p.v.row_bytes, part_v.data(), (size_t) std::min(4096, n_kv - t)*p.v.row_bytes, cudaMemcpyHostToDevice));
+            const int64_t n_row = (int64_t) c.n_stream*n_kv;
+            uint8_t * k = (uint8_t *) room((size_t) n_row*p.k.row_bytes);
+            uint8_t * v = (uint8_t *) room((size_t) n_row*p.v.row_bytes);
+            for (int64_t t = 0; t < n_row; t += 4096) {
+                CHECK(cudaMemcpy(k + t*p.k.row_bytes, part_k.data(), std::min<int64_t>(4096, n_row - t)*p.k.row_bytes, cudaMemcpyHostToDevice));
+                CHECK(cudaMemcpy(v + t*p.v.row_bytes, part_v.data(), std::min<int64_t>(4096, n_row - t)*p.v.row_bytes, cudaMemcpyHostToDevice));
             }
             rows_k.push_back(k);
             rows_v.push_back(v);
         }
-        const size_t n_out = (size_t) c.n_head*c.hd_v;
+        const size_t n_out = (size_t) c.n_stream*c.n_head*c.hd_v;
         p.partial = (float *) room(palu_cuda_partial_size(&p)*4);
         p.out = (float *) room(n_out*4);
         cudaEvent_t e[3];
@@ -662,7 +664,7 @@ static void bench_case(Case c, const std::vector<int> & sizes) {
         std::sort(one.begin(), one.end());
         // against the general kernel, on the same rows
         double diff = 0;
-        if (n_kv <= 65536) {
+        if (n_kv <= 65536 && !json) {
             p.rows_k = rows_k[0];
             p.rows_v = rows_v[0];
             const std::vector<float> out = run_attn(p, fast, n_out);
@@ -673,8 +675,19 @@ static void bench_case(Case c, const std::vector<int> & sizes) {
             diff = distance(out, std::vector<double>(general.begin(), general.end()));
             n_wrong += !(diff < 5e-3);
         }
-        printf("%-34s %7d  %.2f bits  chunks %3d  both %7.1f us  attention alone %7.1f us  back to back %7.1f us  combine alone %4.1f us  general %.1e\n", c.name, n_kv,
-            8.0*(p.k.row_bytes + p.v.row_bytes)/(c.n_head_kv*(c.hd_k + c.hd_v)), p.n_chunk, all[all.size()/2], one[one.size()/2], total*1000/n_rep, combine_us, diff);
+        if (json) {
+            // bytes that have to be read, operations of rebuilding keys
+            double ops = 0;
+            for (const auto & g : x.k.groups) {
+                ops += 2.0*bytes/(p.k.row_bytes + p.v.row_bytes)*g.rank*c.group_k*c.hd_k;
+            }
+            printf("{\"name\": \"%s\", \"cells\": %d, \"batch\": %d, \"bits\": %.3f, \"kernel\": \"%s\", \"us\": %.1f, \"back_to_back_us\": %.1f, \"bytes\": %.0f, \"ops\": %.0f}\n",
+                c.name, n_kv, c.n_stream, 8.0*(p.k.row_bytes + p.v.row_bytes)/(c.n_head_kv*(c.hd_k + c.hd_v)), fast.decode.kernel + strlen("palu_"),
+                all[all.size()/2], total*1000/n_rep, (double) bytes, ops);
+        } else {
+            printf("%-34s %7d  %.2f bits  chunks %3d  both %7.1f us  attention alone %7.1f us  back to back %7.1f us  combine alone %4.1f us  general %.1e\n", c.name, n_kv,
+                8.0*(p.k.row_bytes + p.v.row_bytes)/(c.n_head_kv*(c.hd_k + c.hd_v)), p.n_chunk, all[all.size()/2], one[one.size()/2], total*1000/n_rep, combine_us, diff);
+        }
         fflush(stdout);
         for (auto & i : e) {
             CHECK(cudaEventDestroy(i));
@@ -714,10 +727,41 @@ int main(int argc, char ** argv) {
         { "heads of 192 and 96, ranks 0 to 64, 9 tokens", 6, 3, 192, 96,  1, 1, {64, 0, 8}, {0, 48, 24}, 0, 0, 0, 0,  9, 2,  99, 64, 128, true, 2, true, 0, 0, 1, 4 },
         { "heads of 80, 21 tokens, no RoPE", 4, 4, 80, 80,  2, 4, {88}, {200}, 4, 1, 4, 1,  21, 1,  70, 0, 0, false, 1, false, 0, 0, 0, 4 },
         { "decoders of two planes, 2 tokens", 8, 4, 128, 128,  4, 4, {120}, {200}, 6, 1, 6, 1,  2, 2,  210, 128, 0, false, 1, false, 0, 0, 0, 4, 2 },
-        { "GQA 32/8x128 joint, 480 and 640, as converted", 32, 8, 128, 128,  8, 8, {480}, {640}, 7, 1, 7, 1,  1, 1,  1500, 128, 0, false, 0, false, 0, 0, 0, 4, 1, 2, 1.2 },
+        { "GQA 32/8x128 joint, 480 and 640, as converted", 32, 8, 128, 128,  8, 8, {480}, {640}, 7, 1, 7, 1,  1, 1,  1500, 128, 0, false, 0, false, 0, 0, 0, 4, 1, 2, 1.2, 2 },
         { "GQA 24/8x128 joint, 512 and 640, pieces, f16 mask, sinks, 2 streams", 24, 8, 128, 128,  8, 8, {512}, {640}, 7, 1, 7, 1,  1, 2,  700, 128, 0, false, 1, true, 0, 0, 1, 16, 1, 2, 1.2 },
         { "one cell", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  1, 128, 0, false, 0, false, 0, 0, 0, 4 },
     };
+    if (what == "table") {
+        for (int batch : { 1, 8 }) {
+            Case c = cases[0];
+            c.n_stream = batch;
+            auto run = [&](const char * name, bool gqa, int rank_k, int rank_v, int b0_k, int b1_k, int b0_v, int b1_v, double curve_k, double curve_v) {
+                c.name = name;
+                c.n_head_kv = c.group_k = c.group_v = gqa ? 8 : 32;
+                if (!gqa) {
+                    c.group_k = c.group_v = 4;
+                }
+                c.rank_k = {rank_k};
+                c.rank_v = {rank_v};
+                c.b0_k = b0_k;
+                c.b1_k = b1_k;
+                c.b0_v = b0_v;
+                c.b1_v = b1_v;
+                c.curve_k = curve_k;
+                c.curve_v = curve_v;
+                c.align = 4;
+                bench_case(c, { 4096, 16384, 65536, 262144 }, true);
+            };
+            // ranks and bits as a converter allots them for trained models, at 14.1% and 10% of f16
+            run("MHA (1024, 3072)", false, 128, 384, 4, 2, 4, 2, 1, 1);
+            run("MHA (2048, 2048)", false, 256, 256, 4, 2, 4, 2, 1, 1);
+            run("MHA 14.1%", false, 256, 384, 7, 1, 7, 1, 1.6, 1.15);
+            run("MHA 10%", false, 216, 320, 6, 1, 6, 1, 1.8, 1.25);
+            run("GQA 14.1%", true, 512, 640, 8, 1, 8, 1, 1.9, 1.05);
+            run("GQA 10%", true, 440, 600, 6, 1, 7, 1, 1.9, 1.4);
+        }
+        return 0;
+    }
     if (what != "bench") {
         check_all_rebuild();
         for (const Case & c : cases) {

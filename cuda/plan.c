@@ -163,7 +163,7 @@ static const struct sm90_kernel {
 
 // Returns 0, or -1 if none of them fits.
 static int plan_sm90(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
-    if (dev->arch != 90 || p->k.planes != 1 || p->v.planes != 1 || p->k.head_dim != p->v.head_dim || p->n_kv == 0) {
+    if (dev->arch != 90 || p->k.planes != 1 || p->k.head_dim != p->v.head_dim || p->n_kv == 0) { // decoders of values are for palu_combine
         return -1;
     }
     const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token; // query rows of a KV head
@@ -200,7 +200,7 @@ static const struct wide_kernel {
 
 static int plan_wide(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
     const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
-    if (dev->arch != 90 || p->k.planes != 1 || p->v.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 ||
+    if (dev->arch != 90 || p->k.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 ||
         p->k.n_group != 1 || p->v.n_group != 1 || !p->k.dec_tiles || p->k.rank_max == 0 || p->k.n_head_kv > 8 || cols > 4 || p->v.rank_max > 640 ||
         (p->n_stream > 1 && (p->rows_k_nb_stream%16 || p->rows_v_nb_stream%16))) {
         return -1;
