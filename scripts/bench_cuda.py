@@ -104,7 +104,7 @@ def main():
     prompt = ["-p", args.prompt, "-n", 0]
     # most of the time goes into filling the depths; the micro-batch, which decoding does not have, makes that faster
     decode = ["-p", 0, "-n", args.gen, "-d", args.depths, "-ub", 2048]
-    order = [(name, what) for names in (["f16", palu[0][0]], ["q4_0", palu[1][0], "q8_0"]) for what in (decode, prompt) for name in names]
+    order = [(name, what) for names in (["f16", palu[0][0]], [palu[1][0], "q4_0", "q8_0"]) for what in (decode, prompt) for name in names]
     samples, log = {}, []
     for name, what in order*args.rounds:
         left = end - time.monotonic()
