@@ -252,7 +252,9 @@ pub struct Rope {
 }
 
 impl Rope {
-    unsafe fn params(&self) -> Result<RopeParams> {
+    /// # Safety
+    /// `freq_factors` must be null or have the floats that palu.h says.
+    pub unsafe fn params(&self) -> Result<RopeParams> {
         let kind = match self.kind {
             0 => return Ok(RopeParams::none()),
             1 => RopeKind::Norm,
@@ -311,14 +313,14 @@ pub unsafe extern "C" fn palu_layer_free(layer: *mut AttnLayer) {
 
 #[repr(C)]
 pub struct StoreParams {
-    x: *const f32,
-    x_nb_head: usize,
-    x_nb_token: usize,
-    idxs: *const i64,
-    rows: *mut u8,
-    n_row: i64,
-    n_token: i32,
-    side: i32,
+    pub x: *const f32,
+    pub x_nb_head: usize,
+    pub x_nb_token: usize,
+    pub idxs: *const i64,
+    pub rows: *mut u8,
+    pub n_row: i64,
+    pub n_token: i32,
+    pub side: i32,
 }
 
 #[no_mangle]
@@ -439,7 +441,8 @@ pub struct AttnParams {
 }
 
 impl AttnParams {
-    fn check(&self, n_head_kv: usize) -> Result<attention::AttnParams> {
+    /// The same in Rust's terms, once it makes sense for so many KV heads.
+    pub fn check(&self, n_head_kv: usize) -> Result<attention::AttnParams> {
         let p = attention::AttnParams {
             q: self.q,
             q_nb_head: self.q_nb_head,
