@@ -406,7 +406,7 @@ fn more_refinement_is_no_worse_on_the_probe_and_holds_at_every_budget() {
     let statistics = w.arg("statistics");
     let mut last = f64::INFINITY;
     for level in ["quick", "default", "thorough"] {
-        let args = ["--bits-per-value", "3", "--tokens", "4000", "--probe-tokens", "300", "--statistics", &statistics, "--refine", level];
+        let args = ["--bits-per-value", "3", "--tokens", "4000", "--probe-tokens", "900", "--statistics", &statistics, "--refine", level];
         assert_eq!(w.convert(&mut Toy::new(1), "text.txt", level, &args), 0);
         let d = divergence(&w.path(level), 3.0);
         assert!(d < 1.15 * last, "{level}: {d} after {last}");

@@ -286,7 +286,7 @@ impl Effort {
     /// Probe runs at most.
     pub fn n_run(&self, n_layer: usize, n_group: usize) -> usize {
         let n_row = 2 * n_layer;
-        let round = n_row * (1 + usize::from(self.context)) + 2;
+        let round = (n_row + 2) * (1 + usize::from(self.context));
         1 + self.rounds * round + self.parts * n_group + 2 * usize::from(self.parts > 0) + self.descents * 2 * n_row
             + self.budgets * (1 + round)
     }
@@ -322,22 +322,29 @@ impl Search<'_, '_> {
         let mut last: Option<Vec<f64>> = None;
         for _ in 0..rounds {
             let (at, all) = (best.clone(), least);
-            let mut each = Vec::new();
+            let (mut alone, mut each) = (Vec::new(), Vec::new());
             for row in 0..n_row {
-                let mut d = self.divergence(stored(file, &at.allocation, [row]))?;
+                let d = self.divergence(stored(file, &at.allocation, [row]))?;
+                alone.push(d);
                 if effort.context {
                     let without = self.divergence(stored(file, &at.allocation, (0..n_row).filter(|&r| r != row)))?;
                     // the first row to be compressed and the last one: half-way between lies what it adds on average
-                    d = 0.5 * (d + (all - without).max(0.0));
+                    each.push(0.5 * (d + (all - without).max(0.0)));
                 }
-                each.push(d);
             }
             let distortion: Vec<f64> = (0..n_row).map(|row| row_distortion(file, &at.allocation, row)).collect();
-            let weight = measured_weights(&each, &distortion, &at.weight);
+            let middle = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a * b).sqrt()).collect::<Vec<f64>>();
+            let mut weight = measured_weights(&alone, &distortion, &at.weight);
+            let mut tried = Vec::new();
+            if effort.context {
+                // what less effort would have tried, so that more of it does not do worse
+                tried.extend([weight.clone(), middle(&at.weight, &weight)]);
+                weight = measured_weights(&each, &distortion, &at.weight);
+            }
             // two measurements at different operating points: their middle often does better than the second alone
             let before = last.replace(weight.clone()).unwrap_or(at.weight);
-            let middle = before.iter().zip(&weight).map(|(a, b)| (a * b).sqrt()).collect();
-            for weight in [weight, middle] {
+            tried.extend([weight.clone(), middle(&before, &weight)]);
+            for weight in tried {
                 let next = candidate(file, self.coarse, budget, weight);
                 let divergence = self.together(file, &next.allocation)?;
                 if divergence < least {
