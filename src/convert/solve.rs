@@ -42,6 +42,9 @@ pub struct Recipe {
     pub metric: Metric,
     /// Part of the covariance, 0 to 1, in which tokens count as much as their errors cost; in the rest, all the same.
     pub importance: f64,
+    /// How much the values of a head count for attending narrowly, as an exponent of Σ p²: 1 as much as the calibration text says,
+    /// 0 not at all, which is right for text that heads read in other ways.
+    pub concentration: f64,
     /// whether means are subtracted
     pub mean: bool,
 }
@@ -135,12 +138,12 @@ pub fn gram_root(gram: &Mat<f64>) -> Result<Vec<f32>> {
     Ok((0..n * n).map(|at| (values[at / n].max(0.0).sqrt() * vectors[(at % n, at / n)]) as f32).collect())
 }
 
-/// What an error of a value costs, per KV head: see [`super::weigh`].
-pub fn value_metric(grams: &[Mat<f64>], weights: &[HeadWeights]) -> Vec<Mat<f64>> {
+/// What an error of a value costs, per KV head: see [`super::weigh`]. `concentration` as in [`Recipe`].
+pub fn value_metric(grams: &[Mat<f64>], weights: &[HeadWeights], concentration: f64) -> Vec<Mat<f64>> {
     let head = |(grams, weights): (&[Mat<f64>], &HeadWeights)| {
         let mut sum = Mat::<f64>::zeros(grams[0].nrows(), grams[0].nrows());
         for (gram, c) in grams.iter().zip(weights.concentration()) {
-            sum += faer::Scale(c) * gram;
+            sum += faer::Scale(c.powf(concentration)) * gram;
         }
         sum
     };
@@ -279,7 +282,7 @@ pub fn solve(il: usize, shape: &LayerShape, side: Side, layer: &Layer, n_ctx: us
             layer.grams.chunks(layer.grams.len() / shape.n_head_kv).map(sum).collect()
         }
         (Metric::Attention, Side::Key) => key_metric(&layer.weights, &shape.rope, n_ctx),
-        (Metric::Attention, Side::Value) => value_metric(&layer.grams, &layer.weights),
+        (Metric::Attention, Side::Value) => value_metric(&layer.grams, &layer.weights, recipe.concentration),
     };
     side_file(shape, side, &layer.stats, &metric, group_size, recipe).with_context(|| format!("layer {il}, {}", name(side)))
 }
@@ -464,6 +467,21 @@ mod tests {
             let root = gram_root(gram).unwrap();
             let reached: f64 = root.chunks(3).map(|r| r.iter().zip(error).map(|(&r, e)| f64::from(r) * e).sum::<f64>().powi(2)).sum();
             assert!((reached - want).abs() < 1e-5 * want);
+        }
+    }
+
+    #[test]
+    fn values_count_for_narrow_heads_as_much_as_is_asked() {
+        let shape = LayerShape { n_head: 2, n_head_kv: 1, head_dim_k: 2, head_dim_v: 3, rope: RopeParams::none(), scoring: Scoring::plain(2) };
+        let mut weights = HeadWeights::new(&shape);
+        // one query, the key metric's two sums of 4, and how narrowly each head attends
+        let saved: Vec<f64> = [1.0].into_iter().chain([0.0; 8]).chain([0.25, 0.01]).collect();
+        weights.restore(&mut &saved[..]).unwrap();
+        // the second head's output projection is twice as large
+        let grams = [Mat::identity(3, 3), faer::Scale(4.0) * Mat::<f64>::identity(3, 3)];
+        for (concentration, want) in [(0.0, 5.0), (0.5, 0.9), (1.0, 0.29)] {
+            let metric = value_metric(&grams, std::slice::from_ref(&weights), concentration);
+            assert!((metric[0][(1, 1)] - want).abs() < 1e-12 && metric[0][(0, 1)] == 0.0);
         }
     }
 
