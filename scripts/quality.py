@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """`make quality`: measures what each part of the converter is worth, and writes docs/quality.md.
 
-    quality.py [--models DIR] [--only WORD] [--list] [--write]
+    quality.py [--models DIR] [--only WORD] [--jobs N] [--seconds S] [--results FILE] [--list] [--write]
 
 Every row is a conversion of a model and llama-perplexity's KL divergence to the f16 cache, -c 2048, over 16 chunks of WikiText-2 test and 4
-chunks of this project's source (another kind of text). Finished rows are kept in build/quality/results.json and not measured
-again; remove that file to start afresh. Statistics are collected once per model and text. --models: a folder with
-wiki-gqa-16m-q8_0.gguf and wiki-mha-17m-f16.gguf, of which further rows are made. --only: rows with this word in them alone.
---list: says what is there and what is not. --write: writes the page of what is there, and measures nothing.
+chunks of this project's source (another kind of text). Finished rows are kept in build/quality/results.json (--results) and not
+measured again; remove that file to start afresh. What rows share (statistics, projection files, stock logits) is made once, and
+kept too. Rows that matter most are measured first. --models: a folder with wiki-gqa-16m-q8_0.gguf, of which further rows are
+made. --only: rows with this word in them alone. --jobs: so many programs at once, which share the processors. --seconds: stop
+after so long; what is finished is kept. --list: says what is there and what is not. --write: writes the page of what is there,
+and measures nothing.
 """
 import argparse
 import json
@@ -15,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("PALU_BUILD", ROOT / "build")).resolve()
 BIN, OUT, DATA = BUILD / "llama.cpp" / "bin", BUILD / "quality", ROOT / "tests" / "data"
 PALU = ROOT / "target" / "release" / "palu"
-RESULTS, PAGE = OUT / "results.json", ROOT / "docs" / "quality.md"
+PAGE = ROOT / "docs" / "quality.md"
 WIKI, TEST = DATA / "calibration.wiki.txt", DATA / "wiki.test.raw"
-THREADS = os.environ.get("PALU_THREADS", str(len(os.sched_getaffinity(0))))
+N_CPU = int(os.environ.get("PALU_THREADS", len(os.sched_getaffinity(0))))
 STOCK = {"q8_0": 53.1, "q5_0": 34.4, "q4_0": 28.1}  # percent of f16's bytes
 WEIGHT_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_K", "Q2_K", "IQ4_XS"]
 OURS = "--bits-per-value 2.25"
@@ -39,7 +42,7 @@ class Row:
         self.key = " | ".join(str(x) for x in (model, stock or f"{options} of {text}", bits or "own"))
 
 
-def rows(have_gqa, have_f16):
+def rows(have_gqa):
     out = []
     models = ["mha-17m"] + (["gqa-16m"] if have_gqa else [])
     for m in models:
@@ -69,7 +72,7 @@ def rows(have_gqa, have_f16):
         for n in (8, 16, 64):
             add("hadamard", f"within {n} neighbouring channels", OURS + f" --hadamard {n}")
         for label, more in (("no measuring", "--effort 0,0,0,0,0"), ("--refine quick", "--refine quick"), ("--refine default", ""),
-                            ("two rounds, each row alone", "--effort 2,0,0,0,0"), ("one round, alone and in context", "--effort 1,1,0,0,0"),
+                            ("one round, alone and in context", "--effort 1,1,0,0,0"),
                             ("and four parts of each spectrum", "--effort 1,1,4,0,0"), ("and two descents", "--effort 1,1,0,2,0"),
                             ("--refine thorough", "--refine thorough"), ("twice the probe", "--probe-tokens 8192")):
             add("effort", label, f"{OURS} {more}".strip())
@@ -80,13 +83,17 @@ def rows(have_gqa, have_f16):
         for made in (4.5, 2.25):
             for bits in (3.0, 2.25, 1.6):
                 if bits <= made:
-                    add("budgets", f"made for {made:g}, used at {bits:g}", f"--bits-per-value {made:g}", bits=bits)
-    if have_f16:
-        for t in WEIGHT_TYPES:
-            for stock in (None, "q4_0"):
-                out.append(Row("weights", f"{t}: " + ("ours at 2.25 bits" if stock is None else "llama.cpp q4_0"), f"mha-17m-{t}",
-                               OURS + " --refine quick --tokens 32768", stock=stock))
+                    add("budgets", f"made for {made:g}, used at {bits:g}", f"--bits-per-value {made:g}", bits=bits if bits < made else None)
+    for t in WEIGHT_TYPES:
+        for stock in (None, "q4_0"):
+            out.append(Row("weights", f"{t}: " + ("ours at 2.25 bits" if stock is None else "llama.cpp q4_0"), f"mha-17m-{t}",
+                           OURS + " --refine quick --tokens 32768", stock=stock))
     return out
+
+
+# Sections in the order in which they are measured; after them the rows whose options have one of the words, which take long.
+WORTH = ["caches", "budgets", "mean", "hadamard", "segment", "alphabet", "tokens", "mix", "effort", "published", "importance", "metric", "group", "weights"]
+SLOW = ["524288", "thorough"]
 
 
 SECTIONS = {
@@ -104,8 +111,9 @@ SECTIONS = {
     "tokens": ("Calibration tokens", ""),
     "mix": ("Calibration text", "The C++ is llama.cpp's; the source that divergence is measured on is Rust."),
     "budgets": ("One file for several budgets", ""),
-    "weights": ("Weight types", "The f16 model of 17M parameters through `llama-quantize`; divergence is to the f16 cache of the same weights. Heads and "
-                "layers are narrower than 256, where llama-quantize falls back to the nearest type with blocks of 32."),
+    "weights": ("Weight types", "mha-17m through `llama-quantize --allow-requantize`, 32K calibration tokens, `--refine quick`; divergence is to the f16 "
+                "cache of the same weights. The bundled model is Q8_0 already, so F32, F16, BF16 and Q8_0 say that the format of weights makes no "
+                "difference. Rows of 384 weights are no multiple of 256, so llama-quantize takes the nearest type with blocks of 32 for them."),
 }
 
 
@@ -139,102 +147,234 @@ the 7B model's (keys and values of a window, by their sizes).
 """
 
 
-def run(command, log):
-    command = [str(c) for c in command]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PALU_LLAMA_BIN": str(BIN)})
-    text = result.stdout.decode(errors="replace")
-    log.write(f"$ {' '.join(command)}\n{text}\n")
-    log.flush()
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed with status {result.returncode}:\n{text[-1000:]}")
-    return text
-
-
 def number(pattern, text):
     return float(re.search(pattern + r"\s*:\s*(-?[0-9.]+)", text).group(1))
 
 
+class Stopped(Exception):
+    """There is no time left, or the user has had enough."""
+
+
+class Step:
+    """Something to be made once: a file, or a row's results. `make` is called when everything in `needs` has been made."""
+
+    def __init__(self, name, make, needs=()):
+        self.name, self.make, self.needs = name, make, [n for n in needs if n]
+        self.state = "waiting"  # then running, and done or failed
+
+
 class Bench:
-    def __init__(self, models):
-        self.models = models
+    def __init__(self, models, results, threads):
+        self.models, self.path, self.threads = models, results, str(threads)
         self.log = open(OUT / "log.txt", "a")
-        self.results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        self.texts = {"wiki": WIKI}
+        self.results = {}
+        self.steps = {}  # by name
+        self.lock = threading.Lock()  # over log, results and children
+        self.children = set()
+        self.stopped = False
+        self.reread()
+
+    def reread(self):
+        if self.path.exists():
+            self.results.update(json.loads(self.path.read_text()))
+
+    def stop(self):
+        with self.lock:
+            self.stopped = True
+            for child in self.children:
+                child.terminate()
+
+    def run(self, command):
+        command = [str(c) for c in command]
+        with self.lock:
+            if self.stopped:
+                raise Stopped
+            # threads that spin while they wait would take the processors of the others
+            environment = {**os.environ, "PALU_LLAMA_BIN": str(BIN), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+            self.children.add(child)
+        text = child.communicate()[0].decode(errors="replace")
+        with self.lock:
+            self.children.remove(child)
+            if self.stopped and child.returncode != 0:
+                raise Stopped
+            self.log.write(f"$ {' '.join(command)}\n{text}\n")
+            self.log.flush()
+        if child.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed with status {child.returncode}:\n{text[-1000:]}")
+        return text
+
+    def file(self, path, make, needs=()):
+        """The step that makes a file, if it is not there. `make` takes the path of a file that is renamed into place."""
+        if path.exists():
+            return None
+
+        def make_file():
+            partial = path.with_name(f"{path.name}.partial")
+            make(partial)
+            partial.rename(path)
+
+        return self.steps.setdefault(path, Step(path.name, make_file, needs))
 
     def model(self, name):
+        """Path, and the step that makes it."""
         if name == "mha-17m":
-            return DATA / "wiki-mha-17m-q8_0.gguf"
+            return DATA / "wiki-mha-17m-q8_0.gguf", None
         if name == "gqa-16m":
-            return self.models / "wiki-gqa-16m-q8_0.gguf"
-        path = OUT / f"{name}.gguf"
-        if not path.exists():
-            kind = name.rsplit("-", 1)[1]
-            partial = path.with_suffix(".partial")
-            run([BIN / "llama-quantize", self.models / "wiki-mha-17m-f16.gguf", partial, kind], self.log)
-            partial.rename(path)
-        return path
+            return self.models / "wiki-gqa-16m-q8_0.gguf", None
+        path, kind = OUT / f"{name}.gguf", name.rsplit("-", 1)[1]
+        return path, self.file(path, lambda p: self.run([BIN / "llama-quantize", "--allow-requantize", DATA / "wiki-mha-17m-q8_0.gguf", p, kind]))
 
     def text(self, name):
+        """Path of a calibration text or of the other text; made here and now if it is not there, as it takes no time."""
         path = OUT / f"{name}.txt"
         if name == "wiki":
             return WIKI
         if not path.exists():
             if name == "rust":
                 data = b"".join(p.read_bytes() for p in sorted((ROOT / "src").rglob("*.rs")))
+            elif name == "mixed":
+                data = self.text("code").read_bytes()
+                data = WIKI.read_bytes()[:len(data)].decode(errors="ignore").encode() + data
             else:
                 source = Path(os.environ.get("LLAMA_CPP_DIR", BUILD / "llama.cpp" / "src")) / "src"
                 files = sorted(source.glob("*.cpp")) or sorted((BUILD / "src").rglob("llama-*.cpp"))
-                data = b"".join(p.read_bytes() for p in files)[:3_000_000]
+                data = b"".join(p.read_bytes() for p in files)[:3_000_000].decode(errors="ignore").encode()
                 if not data:
                     raise RuntimeError("llama.cpp's source is not where LLAMA_CPP_DIR says")
-                if name == "mixed":
-                    data = WIKI.read_bytes()[:len(data)].decode(errors="ignore").encode() + data
             path.write_bytes(data)
         return path
 
+    def perplexity(self, model, text, n_chunk):
+        return [BIN / "llama-perplexity", "-m", self.model(model)[0], "-f", text, "-c", "2048", "--chunks", n_chunk, "-t", self.threads, "-fa", "on"]
+
+    def base(self, model, text, n_chunk):
+        """The logits of the f16 cache, which take some 16 MB a chunk."""
+        path = OUT / f"{model}.{text.stem}.kld"
+        return path, self.file(path, lambda p: self.run([*self.perplexity(model, text, n_chunk), "--kl-divergence-base", p]), [self.model(model)[1]])
+
     def divergence(self, model, text, n_chunk, options):
-        base = OUT / f"{model}.{Path(text).stem}.kld"
-        common = [BIN / "llama-perplexity", "-m", self.model(model), "-f", text, "-c", "2048", "--chunks", n_chunk, "-t", THREADS, "-fa", "on"]
-        if not base.exists():
-            partial = base.with_suffix(".partial")
-            run([*common, "--kl-divergence-base", partial], self.log)
-            partial.rename(base)
+        command = [*self.perplexity(model, text, n_chunk), "--kl-divergence", "--kl-divergence-base", self.base(model, text, n_chunk)[0], *options]
         # llama.cpp's log is written by a thread of its own, and now and then its last lines are lost when the program ends
         for _ in range(3):
-            output = run([*common, "--kl-divergence", "--kl-divergence-base", base, *options], self.log)
+            output = self.run(command)
             if "Minimum KLD" in output:
                 return {"mean": number(r"Mean\s+KLD", output), "median": number(r"Median\s+KLD", output), "tail": number(r"99\.9%\s+KLD", output)}
         raise RuntimeError("llama-perplexity printed no divergence")
 
-    def measure(self, row):
-        """The row's results; None if they were there already."""
+    def convert(self, row, options, output, statistics):
+        self.run([PALU, "convert", self.model(row.model)[0], "--calibration", self.text(row.text), "--output", output, "--threads", self.threads,
+                  "--statistics", statistics, *options])
+
+    def statistics(self, row):
+        """Path, and the step that collects them: a conversion that measures nothing."""
+        shared = [f"--{name} {value}" for name, value in re.findall(r"--(importance|tokens|probe-tokens) (\S+)", row.options)]
+        # how much importance weighs is decided later
+        name = "".join("-attended" if s.startswith("--importance") else "-" + s.split()[1] + "probe" * ("probe" in s) for s in shared)
+        path = OUT / f"{row.model}-{row.text}{name}.stats"
+        options = [*OURS.split(), "--effort", "0,0,0,0,0", *" ".join(shared).split()]
+
+        def collect(partial):  # what an interrupted run left of it is taken up
+            self.convert(row, options, partial.with_suffix(".palu"), partial)
+            for beside in (".palu", ".partial.probes"):
+                partial.with_suffix(beside).unlink(missing_ok=True)
+
+        return path, self.file(path, collect, [self.model(row.model)[1]])
+
+    def projection(self, row):
+        path = OUT / (re.sub(r"[^A-Za-z0-9.]+", "_", f"{row.model} {row.options} {row.text}") + ".palu")
+        statistics, collected = self.statistics(row)
+        return path, self.file(path, lambda p: self.convert(row, row.options.split(), p, statistics), [collected])
+
+    def plan(self, row):
+        """Adds the row's steps."""
         if row.key in self.results:
-            return None
-        result = {}
-        if row.stock:
-            options = ["-ctk", row.stock, "-ctv", row.stock]
-            result["percent"] = STOCK[row.stock]
-        else:
-            file = OUT / (re.sub(r"[^A-Za-z0-9.]+", "_", f"{row.model} {row.options} {row.text}") + ".palu")
-            if not file.exists():
-                tokens = re.search(r"--tokens (\d+)", row.options)
-                more = "".join(("-attended" if "--importance" in row.options else "", f"-{tokens.group(1)}" if tokens else ""))
-                statistics = OUT / f"{row.model}-{row.text}{more}.stats"
-                run([PALU, "convert", self.model(row.model), "--calibration", self.text(row.text), "--output", file, "--threads", THREADS,
-                     "--statistics", statistics, *row.options.split()], self.log)
-            inspect = json.loads(run([PALU, "inspect", file, "--json", *(["--bits", row.bits] if row.bits else [])], self.log))
-            result["percent"] = inspect["percent_of_f16"]
-            options = ["--palu", file, *(["--palu-bits", row.bits] if row.bits else [])]
-        result["test"] = self.divergence(row.model, TEST, 16, options)
-        result["other"] = self.divergence(row.model, self.text("rust"), 4, options)
-        # another run may have added rows meanwhile
-        if RESULTS.exists():
-            self.results.update(json.loads(RESULTS.read_text()))
-        self.results[row.key] = result
-        partial = RESULTS.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(self.results, indent=1))
-        partial.rename(RESULTS)
-        return result
+            return
+        other = self.text("rust")
+        needs = [self.base(row.model, TEST, 16)[1], self.base(row.model, other, 4)[1]]
+        if not row.stock:
+            projection, made = self.projection(row)
+            needs.append(made)
+
+        def measure():
+            result = {}
+            if row.stock:
+                options = ["-ctk", row.stock, "-ctv", row.stock]
+                result["percent"] = STOCK[row.stock]
+            else:
+                inspect = json.loads(self.run([PALU, "inspect", projection, "--json", *(["--bits", row.bits] if row.bits else [])]))
+                result["percent"] = inspect["percent_of_f16"]
+                options = ["--palu", projection, *(["--palu-bits", row.bits] if row.bits else [])]
+            result["test"] = self.divergence(row.model, TEST, 16, options)
+            result["other"] = self.divergence(row.model, other, 4, options)
+            with self.lock:
+                self.reread()  # another run may have added rows meanwhile
+                self.results[row.key] = result
+                partial = self.path.with_suffix(f".{os.getpid()}")
+                partial.write_text(json.dumps(self.results, indent=1))
+                partial.rename(self.path)
+
+        self.steps.setdefault(row.key, Step(f"{row.section}: {row.key}", measure, needs))
+
+
+def work(bench, n_job, seconds):
+    """Does all steps, `n_job` at once: of those that can be done, the first first. Returns how many failed."""
+    steps = list(bench.steps.values())
+    changed = threading.Condition()
+    start = time.time()
+
+    def next_step():
+        """Of the steps that wait; None when there is none and will be none."""
+        while not bench.stopped:
+            for step in steps:  # after all that it needs
+                if step.state == "waiting" and any(n.state == "failed" for n in step.needs):
+                    step.state = "failed"
+            waiting = [s for s in steps if s.state == "waiting"]
+            if not waiting:
+                break
+            for step in waiting:
+                if all(n.state == "done" for n in step.needs):
+                    return step
+            changed.wait()
+        return None
+
+    def worker():
+        while True:
+            with changed:
+                step = next_step()
+                if step is None:
+                    changed.notify_all()
+                    return
+                step.state = "running"
+            began = time.time()
+            try:
+                step.make()
+                state, said = "done", ""
+            except Stopped:
+                state, said = "waiting", None
+            except Exception as e:
+                state, said = "failed", f": {e}"
+            with changed:
+                step.state = state
+                changed.notify_all()
+                if said is not None:
+                    n_done = sum(s.state == "done" for s in steps)
+                    print(f"[{n_done}/{len(steps)}] {time.time() - start:4.0f} s  {step.name}: {time.time() - began:.0f} s{said}", flush=True,
+                          file=sys.stderr if said else sys.stdout)
+
+    workers = [threading.Thread(target=worker) for _ in range(n_job)]
+    for w in workers:
+        w.start()
+    try:
+        for w in workers:
+            w.join(None if seconds is None else max(0, start + seconds - time.time()))
+    finally:  # time is up, or Ctrl-C
+        bench.stop()
+        with changed:
+            changed.notify_all()
+        for w in workers:
+            w.join()
+    return sum(s.state == "failed" for s in steps)
 
 
 def page(every, results):
@@ -261,32 +401,43 @@ def page(every, results):
 
 
 def main():
+    def positive(text):
+        value = int(text)
+        if value < 1:
+            raise ValueError
+        return value
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=os.environ.get("PALU_MODELS"))
     parser.add_argument("--only", default="")
+    parser.add_argument("--jobs", type=positive, default=1)
+    parser.add_argument("--seconds", type=positive)
+    parser.add_argument("--results", type=Path, default=OUT / "results.json")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     models = Path(options.models) if options.models else OUT
-    every = rows((models / "wiki-gqa-16m-q8_0.gguf").exists(), (models / "wiki-mha-17m-f16.gguf").exists())
-    bench = Bench(models)
+    every = rows((models / "wiki-gqa-16m-q8_0.gguf").exists())
+    bench = Bench(models, options.results, max(1, N_CPU // options.jobs))
     wanted = [r for r in every if options.only in f"{r.section} {r.key}"]
     if options.list:
         for row in wanted:
             print(f"{'done' if row.key in bench.results else '    '} {row.section}: {row.key}")
-        return
+        return 0
+    n_failed = 0
     if not options.write:
-        for i, row in enumerate(wanted):
-            start = time.time()
+        for row in sorted(wanted, key=lambda r: (any(w in r.options for w in SLOW), WORTH.index(r.section))):
             try:
-                if bench.measure(row) is not None:
-                    print(f"[{i + 1}/{len(wanted)}] {row.section}: {row.key}: {time.time() - start:.0f} s", flush=True)
+                bench.plan(row)
             except RuntimeError as e:
-                print(f"[{i + 1}/{len(wanted)}] {row.section}: {row.key}: {e}", file=sys.stderr, flush=True)
+                print(f"{row.section}: {row.key}: {e}", file=sys.stderr)
+                n_failed += 1
+        n_failed += work(bench, options.jobs, options.seconds)
     page(every, bench.results)
     print(f"wrote {PAGE}")
+    return 1 if n_failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
