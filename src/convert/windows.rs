@@ -164,10 +164,16 @@ pub fn sampled(model: &Model, n_collect: usize, n_probe: usize, seed: u64, mut p
     let mut random = Random(seed);
     let mut windows = Windows { collect: Vec::new(), probe: Vec::new(), hash: 0 };
     let mut logits = vec![0f32; model.n_vocab];
+    let mut count = [0; 2];
     for i in 0..n_window {
+        // counted apart, or all random windows may happen to be probes
+        let probe = is_probe(i, n_window, n_probe);
+        let nth = &mut count[usize::from(probe)];
+        let is_random = *nth % RANDOM_EVERY == 1;
+        *nth += 1;
         let first = model.token_bos.unwrap_or_else(|| (random.bits() % model.n_vocab as u64) as i32);
         let mut window = vec![first];
-        if i % RANDOM_EVERY == RANDOM_EVERY - 1 {
+        if is_random {
             window.extend((1..length).map(|_| (random.bits() % model.n_vocab as u64) as i32));
         }
         while window.len() < length {
@@ -182,7 +188,7 @@ pub fn sampled(model: &Model, n_collect: usize, n_probe: usize, seed: u64, mut p
         }
         let bytes: Vec<u8> = window.iter().flat_map(|t| t.to_le_bytes()).collect();
         windows.hash = xxh64(&bytes, windows.hash);
-        if is_probe(i, n_window, n_probe) {
+        if probe {
             windows.probe.push(window);
         } else {
             windows.collect.push(window);
