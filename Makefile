@@ -45,7 +45,8 @@ bench-attention:
 	$(PYTHON) scripts/bench_attention.py --json build/attention.json --plot docs/attention.svg
 
 quality: llama
-	$(PYTHON) scripts/llama.py build llama-quantize
+	$(CARGO) build --release --example ablations
+	$(PYTHON) scripts/llama.py build llama-quantize llama-perplexity-ablations
 	$(PYTHON) scripts/quality.py
 
 docs: llama

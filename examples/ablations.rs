@@ -9,6 +9,7 @@
 //!   bits=B       stored bits per value in total, at most the projection file's own; 0: the file's own
 //!   sinks=N      the first N tokens in f16
 //!   window=N     the last N tokens before a query, itself included, in f16
+//!   side=k|v     the tokens in f16 are so on this side alone
 //!   scales=N     a scale per N latent channels instead of one per row and head group; 0: none
 //!   scale=WORD   search (as the library does), max (nothing is clipped), rms (from the latent's energy)
 //!   q4_0         llama.cpp's rotated q4_0 cache instead, after RoPE
@@ -21,7 +22,7 @@ use palu::attention::AttnLayer;
 use palu::capi::{AttnParams, Rope, Status, StoreParams};
 use palu::convert::stats::RopeTable;
 use palu::layout::{ROW_ALIGN, SCALE_BYTES, SEGMENT, STEP};
-use palu::projection::{Group, Layer, Projection, SideProj};
+use palu::projection::{Group, Layer, Projection, Side, SideProj};
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
 use std::ffi::{c_char, CStr};
@@ -47,6 +48,7 @@ struct Spec {
     bits: f64,
     sinks: usize,
     window: usize,
+    side: Option<Side>,
     /// channels per scale; `None`: all of a head group
     scales: Option<usize>,
     choice: Choice,
@@ -56,12 +58,14 @@ struct Spec {
 
 impl Spec {
     fn parse(text: &str) -> Option<Self> {
-        let mut spec = Self { bits: 0.0, sinks: 0, window: 0, scales: None, choice: Choice::Search, q4_0: false, one: None };
+        let mut spec = Self { bits: 0.0, sinks: 0, window: 0, side: None, scales: None, choice: Choice::Search, q4_0: false, one: None };
         for word in text.split(',').filter(|w| !w.is_empty()) {
             match word.split_once('=').unwrap_or((word, "")) {
                 ("bits", n) => spec.bits = n.parse().ok()?,
                 ("sinks", n) => spec.sinks = n.parse().ok()?,
                 ("window", n) => spec.window = n.parse().ok()?,
+                ("side", "k") => spec.side = Some(Side::Key),
+                ("side", "v") => spec.side = Some(Side::Value),
                 ("scales", n) => spec.scales = Some(n.parse().ok()?),
                 ("scale", "search") => spec.choice = Choice::Search,
                 ("scale", "max") => spec.choice = Choice::Max,
@@ -89,12 +93,15 @@ impl Spec {
 
     /// Bits per value of a full context.
     fn total(&self, projection: &Projection) -> f64 {
-        let sides = || projection.layers.iter().flat_map(|l| &l.sides);
-        let values: usize = sides().map(|s| s.n_head_kv * s.head_dim).sum();
-        let bytes: usize = sides().map(|s| self.row_bytes(s)).sum();
-        let coded = if self.q4_0 { Q4_0_BITS } else { 8.0 * bytes as f64 / values as f64 };
-        let exact = (self.sinks + self.window) as f64;
-        ((N_CTX - exact) * coded + exact * 16.0) / N_CTX
+        let (mut bits, mut values) = (0.0, 0.0);
+        for side in projection.layers.iter().flat_map(|l| &l.sides) {
+            let n = (side.n_head_kv * side.head_dim) as f64;
+            let coded = if self.q4_0 { Q4_0_BITS * n } else { 8.0 * self.row_bytes(side) as f64 };
+            let exact = if self.side.is_none_or(|s| s == side.side) { (self.sinks + self.window) as f64 } else { 0.0 };
+            bits += ((N_CTX - exact) * coded + exact * 16.0 * n) / N_CTX;
+            values += n;
+        }
+        bits / values
     }
 }
 
@@ -475,7 +482,8 @@ pub unsafe extern "C" fn __wrap_palu_attn(layer: *const AttnLayer, params: *cons
             let now = seen.iter().map(|&s| pos[s]).max().unwrap_or(0);
             let is_exact = |s: usize| both && ((pos[s] as usize) < spec().sinks || ((now - pos[s]) as usize) < spec().window);
             let row = i * p.n_kv;
-            let score = |s: usize| p.scale * if is_exact(s) { exact[row + s] } else { coded[row + s] };
+            let is_exact_in = |s: usize, side: Side| spec().side.is_none_or(|only| only == side) && is_exact(s);
+            let score = |s: usize| p.scale * if is_exact_in(s, Side::Key) { exact[row + s] } else { coded[row + s] };
             let weights: Vec<f32> = seen.iter().map(|&s| score(s)).collect();
             let max = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             // what is below e^-20 of the largest is less than rounding
@@ -486,7 +494,7 @@ pub unsafe extern "C" fn __wrap_palu_attn(layer: *const AttnLayer, params: *cons
                 exact[row..row + p.n_kv].fill(0.0);
             }
             for (&s, w) in seen.iter().zip(&weights) {
-                let to = if is_exact(s) { &mut *exact } else { &mut *coded };
+                let to = if is_exact_in(s, Side::Value) { &mut *exact } else { &mut *coded };
                 to[row + s] = w / total;
             }
         }

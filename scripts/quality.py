@@ -31,22 +31,39 @@ N_CPU = int(os.environ.get("PALU_THREADS", len(os.sched_getaffinity(0))))
 STOCK = {"q8_0": 53.1, "q5_0": 34.4, "q4_0": 28.1}  # percent of f16's bytes
 WEIGHT_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_K", "Q2_K", "IQ4_XS"]
 OURS = "--bits-per-value 2.25"
+# what the tables of parts vary: most of these rows were measured when this was the default
+PARTS = f"{OURS} --concentration 1"
 
 
 class Row:
-    """One line of a table: a model, how its projection is made (or a stock cache type), at which budget it is used."""
+    """One line of a table: a model, how its projection is made (or a stock cache type), at which budget it is used. `ablation`: what
+    examples/ablations.rs makes of the cache."""
 
-    def __init__(self, section, label, model, options=OURS, text="wiki", stock=None, bits=None):
+    def __init__(self, section, label, model, options=PARTS, text="wiki", stock=None, bits=None, ablation=None):
         self.section, self.label, self.model, self.options = section, label, model, options
-        self.text, self.stock, self.bits = text, stock, bits
+        self.text, self.stock, self.bits, self.ablation = text, stock, bits, ablation
         self.key = " | ".join(str(x) for x in (model, stock or f"{options} of {text}", bits or "own"))
+        if ablation is not None:
+            self.key += f" | {ablation or 'as it is'}"
+
+
+# by section: what examples/ablations.rs is told, and what a reader is
+ABLATIONS = {
+    "exact": [("", "rows alone"), ("sinks=4,bits=2.25", "first 4 tokens in f16"),
+              *((f"window={n}" + ",bits=2.25" * (n > 1), f"last {n} tokens in f16" if n > 1 else "own token in f16, which costs nothing") for n in (1, 4, 16, 32, 64, 128)),
+              ("window=16,side=k,bits=2.25", "keys of the last 16 tokens in f16"), ("window=16,side=v,bits=2.25", "values of the last 16 tokens in f16"),
+              ("q4_0", "llama.cpp q4_0, rotated"), ("q4_0,window=16", "q4_0, last 16 tokens in f16"), ("q4_0,window=64", "q4_0, last 64 tokens in f16")],
+    "scales": [("", "one per row and head group"), ("scales=0", "none"), ("scales=64,bits=2.25", "per 64 channels"),
+               ("scales=32,bits=2.25", "per 32 channels"), ("scales=16,bits=2.25", "per 16 channels")],
+    "choice": [("", "searched"), ("scale=max", "nothing is clipped"), ("scale=rms", "from the latent's energy")],
+}
 
 
 def rows(have_gqa):
     out = []
     models = ["mha-17m"] + (["gqa-16m"] if have_gqa else [])
     for m in models:
-        add = lambda section, label, options=OURS, m=m, **more: out.append(Row(section, label, m, options, **more))
+        add = lambda section, label, options=PARTS, m=m, **more: out.append(Row(section, label, m, options, **more))
         for t in STOCK:
             add("caches", f"llama.cpp {t}, rotated", stock=t)
         for b in (3.0, 2.7, 2.25, 1.9, 1.6):
@@ -57,42 +74,48 @@ def rows(have_gqa):
                             ("G-LRD, ranks uniform within a layer", "--rank-search fisher-uniform"), ("G-LRD, plain SVD", "--decomposition svd")):
             add("published", f"{label}, keep 0.7, 4 bits", f"--preset palu --keep 0.7 --bits 4 {more}")
         for metric in ("attention", "query", "none"):
-            add("metric", metric, OURS + ("" if metric == "attention" else f" --metric {metric}"))
+            add("metric", metric, PARTS + ("" if metric == "attention" else f" --metric {metric}"))
+        for part in (1, 0.5, 0):
+            add("concentration", f"Σp² to the power of {part:g}", PARTS if part == 1 else OURS + ("" if part == 0.5 else f" --concentration {part}"))
         for part in (0, 0.25, 0.5, 0.9):
-            add("importance", f"{part:g} of the covariance", OURS + (f" --importance {part}" if part else ""))
+            add("importance", f"{part:g} of the covariance", PARTS + (f" --importance {part}" if part else ""))
         for group in ("all", "3", "2", "1") if m == "mha-17m" else ("all", "1"):
-            add("group", f"{group} heads", OURS + ("" if group == "all" else f" --group-size {group}"))
+            add("group", f"{group} heads", PARTS + ("" if group == "all" else f" --group-size {group}"))
         for bits in ("0,1,2,3,4,5,6,7,8", "0,1,2,3,4,5,6,8", "0,2,3,4,5,6,8", "0,2,4,6,8", "0,2,4,8", "0,4", "0,3"):
-            add("alphabet", "{" + bits + "}", OURS + ("" if bits.count(",") == 8 else f" --alphabet {bits}"))
+            add("alphabet", "{" + bits + "}", PARTS + ("" if bits.count(",") == 8 else f" --alphabet {bits}"))
         for n in (8, 16, 32, 64):
-            add("segment", f"{n} channels", OURS + ("" if n == 8 else f" --segment {n}"))
+            add("segment", f"{n} channels", PARTS + ("" if n == 8 else f" --segment {n}"))
         add("mean", "subtracted")
-        add("mean", "not subtracted", OURS + " --no-mean")
+        add("mean", "not subtracted", PARTS + " --no-mean")
         add("hadamard", "none")
         for n in (8, 16, 64):
-            add("hadamard", f"within {n} neighbouring channels", OURS + f" --hadamard {n}")
+            add("hadamard", f"within {n} neighbouring channels", PARTS + f" --hadamard {n}")
         for label, more in (("no measuring", "--effort 0,0,0,0,0"), ("--refine quick", "--refine quick"), ("--refine default", ""),
                             ("one round, alone and in context", "--effort 1,1,0,0,0"),
                             ("and four parts of each spectrum", "--effort 1,1,4,0,0"), ("and two descents", "--effort 1,1,0,2,0"),
                             ("--refine thorough", "--refine thorough"), ("twice the probe", "--probe-tokens 8192")):
-            add("effort", label, f"{OURS} {more}".strip())
+            add("effort", label, f"{PARTS} {more}".strip())
         for n in (8192, 32768, 131072, 524288):
-            add("tokens", f"{n // 1024}K", OURS + ("" if n == 131072 else f" --tokens {n}"))
+            add("tokens", f"{n // 1024}K", PARTS + ("" if n == 131072 else f" --tokens {n}"))
         for text, label in (("wiki", "Wikipedia"), ("mixed", "half Wikipedia, half C++"), ("code", "C++")):
             add("mix", label, text=text)
         for made in (4.5, 2.25):
             for bits in (3.0, 2.25, 1.6):
                 if bits <= made:
-                    add("budgets", f"made for {made:g}, used at {bits:g}", f"--bits-per-value {made:g}", bits=bits if bits < made else None)
+                    add("budgets", f"made for {made:g}, used at {bits:g}", f"--bits-per-value {made:g} --concentration 1", bits=bits if bits < made else None)
+        for section, ablations in ABLATIONS.items():
+            for ablation, label in ablations:
+                add(section, label, ablation=ablation)
     for t in WEIGHT_TYPES:
         for stock in (None, "q4_0"):
             out.append(Row("weights", f"{t}: " + ("ours at 2.25 bits" if stock is None else "llama.cpp q4_0"), f"mha-17m-{t}",
-                           OURS + " --refine quick --tokens 32768", stock=stock))
+                           PARTS + " --refine quick --tokens 32768", stock=stock))
     return out
 
 
 # Sections in the order in which they are measured; after them the rows whose keys have one of the words, which take long.
-WORTH = ["caches", "budgets", "mean", "hadamard", "segment", "alphabet", "tokens", "mix", "effort", "published", "importance", "metric", "group", "weights"]
+WORTH = ["caches", "concentration", "budgets", "exact", "mean", "hadamard", "segment", "alphabet", "tokens", "mix", "effort", "published", "importance",
+         "metric", "group", "scales", "choice", "weights"]
 SLOW = ["524288", "thorough", "q5_0"]
 
 
@@ -101,6 +124,8 @@ SECTIONS = {
     "published": ("Palu as published, its other forms", "G-LRD shares a latent among up to four KV heads, as the paper recommends; J-LRD among all, M-LRD among none."),
     "metric": ("Metric", "What an error costs within a layer's keys or values: attention's own second moments (`src/convert/weigh.rs`), the queries and "
                "the output projection alone, or every channel the same."),
+    "concentration": ("Values of narrow heads", "How much a query head that attends narrowly on the calibration text counts in the values' metric: the "
+                      "second moment of its weights, to a power. 0.5 is the default; the other tables but the first two have 1."),
     "importance": ("Importance of tokens", "The part of the covariance in which a token counts as much as attention reads it."),
     "group": ("Head groups", "KV heads that share a latent. Rebuilding costs in proportion."),
     "alphabet": ("Bit widths", "The widths that a segment may have."),
@@ -111,6 +136,10 @@ SECTIONS = {
     "tokens": ("Calibration tokens", ""),
     "mix": ("Calibration text", "The C++ is llama.cpp's; the source that divergence is measured on is Rust."),
     "budgets": ("One file for several budgets", ""),
+    "exact": ("First and last tokens in f16", "Of 2048 tokens, beside rows whose budget is lowered until the total is 14.1% of f16 (`examples/ablations.rs`: "
+              "the cache as floats, so without the decoder's rounding to 8 bits). q4_0 cannot be lowered."),
+    "scales": ("Scales", "Per latent channels, in 14.1% of f16 with their two bytes each; none: steps are the same for all tokens. As floats, too."),
+    "choice": ("Choice of a row's scale", "As floats, too."),
     "weights": ("Weight types", "mha-17m through `llama-quantize --allow-requantize`, 32K calibration tokens, `--refine quick`; divergence is to the f16 "
                 "cache of the same weights. The bundled model is Q8_0 already, so F32, F16, BF16 and Q8_0 say that the format of weights makes no "
                 "difference. Rows of 384 weights are no multiple of 256, so llama-quantize takes the nearest type with blocks of 32 for them."),
@@ -253,13 +282,21 @@ class Bench:
         path = OUT / f"{model}.{text.stem}.kld"
         return path, self.file(path, lambda p: self.run([*self.perplexity(model, text, n_chunk), "--kl-divergence-base", p]), [self.model(model)[1]])
 
-    def divergence(self, model, text, n_chunk, options):
-        command = [*self.perplexity(model, text, n_chunk), "--kl-divergence", "--kl-divergence-base", self.base(model, text, n_chunk)[0], *options]
+    def divergence(self, model, text, n_chunk, options, ablation=None):
+        program, *arguments = self.perplexity(model, text, n_chunk)
+        if ablation is not None:
+            program, arguments = f"{program}-ablations", [ablation, *arguments]
+        command = [program, *arguments, "--kl-divergence", "--kl-divergence-base", self.base(model, text, n_chunk)[0], *options]
         # llama.cpp's log is written by a thread of its own, and now and then its last lines are lost when the program ends
         for _ in range(3):
             output = self.run(command)
             if "Minimum KLD" in output:
-                return {"mean": number(r"Mean\s+KLD", output), "median": number(r"Median\s+KLD", output), "tail": number(r"99\.9%\s+KLD", output)}
+                result = {"mean": number(r"Mean\s+KLD", output), "median": number(r"Median\s+KLD", output), "tail": number(r"99\.9%\s+KLD", output)}
+                if ablation is not None:
+                    result["percent"] = float(re.findall(r"ablation: .*, ([0-9.]+)% of f16", output)[-1])
+                    result["entropy"] = float(re.findall(r"ablation: codes .* entropy ([0-9]+)", output)[-1])
+                    result["bits"] = float(re.findall(r"ablation: codes of ([0-9]+)", output)[-1])
+                return result
         raise RuntimeError("llama-perplexity printed no divergence")
 
     def convert(self, row, options, output, statistics):
@@ -305,8 +342,9 @@ class Bench:
                 inspect = json.loads(self.run([PALU, "inspect", projection, "--json", *(["--bits", row.bits] if row.bits else [])]))
                 result["percent"] = inspect["percent_of_f16"]
                 options = ["--palu", projection, *(["--palu-bits", row.bits] if row.bits else [])]
-            result["test"] = self.divergence(row.model, TEST, 16, options)
-            result["other"] = self.divergence(row.model, other, 4, options)
+            result["test"] = self.divergence(row.model, TEST, 16, options, row.ablation)
+            result["other"] = self.divergence(row.model, other, 4, options, row.ablation)
+            result["percent"] = result["test"].get("percent", result["percent"])
             with self.lock:
                 self.reread()  # another run may have added rows meanwhile
                 self.results[row.key] = result
@@ -395,6 +433,15 @@ def page(every, results):
             r = results[row.key]
             lines.append(f"| {row.model} | {row.label} | {r['percent']:.1f}% | {r['test']['mean']:.5f} | {r['test']['median']:.5f} | "
                          f"{r['test']['tail']:.4f} | {r['other']['mean']:.5f} |")
+        lines.append("")
+    entropies = [r for r in every if r.ablation == "" and r.section == "exact" and r.key in results]
+    if entropies:
+        lines += ["## Entropy of the codes", "", "Of each channel's codes by themselves: what a coder that knows how often each comes could save.", "",
+                  "| model | text | bits of codes per token | entropy | |", "|---|---|---|---|---|"]
+        for row in entropies:
+            for name, text in (("Wikipedia", "test"), ("Rust source", "other")):
+                r = results[row.key][text]
+                lines.append(f"| {row.model} | {name} | {r['bits']:.0f} | {r['entropy']:.0f} | {100 * (r['entropy'] / r['bits'] - 1):+.1f}% |")
         lines.append("")
     lines += NOTES.strip().splitlines()
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
