@@ -15,6 +15,8 @@
 //!   q4_0         llama.cpp's rotated q4_0 cache instead, after RoPE
 //!   one=I        only row I is compressed: 2*layer + side, all others are f16
 
+#![allow(clippy::missing_safety_doc, reason = "the contract is in include/palu.h")]
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use half::f16;
@@ -321,8 +323,6 @@ unsafe extern "C" {
     fn __real_palu_layer_create(proj: *const Projection, il: i32, rope: *const Rope, out: *mut *mut AttnLayer) -> Status;
 }
 
-/// # Safety
-/// As palu.h has it, here and below.
 #[no_mangle]
 pub unsafe extern "C" fn __wrap_palu_proj_load(path: *const c_char, bits_per_value: f64, out: *mut *mut Projection) -> Status {
     let mut budget = bits_per_value;
