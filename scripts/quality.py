@@ -157,6 +157,8 @@ NOTES = """
   fifth, and the ranking is the same.
 - **By chance**: a row made again with other instructions (AVX2 instead of AVX-512) differed by 0.4% on Wikipedia and 8% on Rust source, which has a quarter of
   the chunks. Smaller differences in the last column mean nothing.
+- **Measuring** what layers and sides cost, instead of taking the metric's word: without, 21% higher on Wikipedia and 34% on Rust source (mha-17m), 71 and 79% (gqa-16m).
+- **Calibration tokens**: 8K instead of 128K are 32% higher on Wikipedia and 28% on Rust source (gqa-16m).
 - **The metric** is worth 44% (mha-17m) and 41% (gqa-16m) against none. Attention's own second moments are 15% better than the queries' on Wikipedia, and on Rust
   source 16% and 37% worse. All of that difference is in how query heads are compared in the values' metric: attention counts a head by the second
   moment of its weights on the calibration text, and heads attend otherwise on other text. The shape of the keys' metric (attended, half and half, or all
@@ -193,7 +195,7 @@ NOTES = """
 ## Time and memory
 
 The last lines of `palu convert` say what it took. Models of random weights in Q4_K (`scripts/random_model.py`), one window of 2048 tokens to collect from, another
-one to measure on, 2 cores shared with much other work, so processor time: the 8B model with 8 KV heads took 94 ms per token collected, 9 minutes in all and 5.13 GiB at its peak. The 7B model with 32 KV heads took 100 ms per token, 145 s to decompose 256 groups of 1024 channels, and 9.04 GiB at its peak.
+one to measure on, 2 cores shared with much other work, so processor time: the 8B model with 8 KV heads took 94 ms per token collected, 9 minutes in all and 5.13 GiB at its peak. The 7B model with 32 KV heads took 100 ms per token, 145 s to decompose 256 groups of 1024 channels, 11 minutes in all and 9.04 GiB at its peak.
 In proportion, the default's 131,072 tokens would take 3.4 hours of processor time; `--tokens` says how many, and an interrupted conversion goes on where it was.
 """
 
