@@ -22,6 +22,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use half::f16;
 use palu::attention::AttnLayer;
 use palu::capi::{AttnParams, Rope, Status, StoreParams};
+use palu::codec::{SEARCH_PATIENCE, SEARCH_RATIO, SEARCH_REFINEMENTS};
 use palu::convert::stats::RopeTable;
 use palu::layout::{ROW_ALIGN, SCALE_BYTES, SEGMENT, STEP};
 use palu::projection::{Group, Layer, Projection, Side, SideProj};
@@ -34,9 +35,6 @@ use std::sync::{Arc, Mutex, OnceLock};
 const N_CTX: f64 = 2048.0;
 const Q4_0_BITS: f64 = 4.5;
 const Q4_0_BLOCK: usize = 32;
-/// Between the scales that the search tries, and how many in a row may be no better; as the library's.
-const SEARCH_RATIO: f32 = 1.19;
-const SEARCH_PATIENCE: usize = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Choice {
@@ -213,7 +211,7 @@ impl Coder {
                     scale /= SEARCH_RATIO;
                 }
                 let mut ratio = SEARCH_RATIO.sqrt();
-                for _ in 0..2 {
+                for _ in 0..SEARCH_REFINEMENTS {
                     let middle = best;
                     for scale in [rounded(middle * ratio), rounded(middle / ratio)] {
                         if scale > 0.0 && error(scale) < least {

@@ -239,12 +239,11 @@ impl GroupCodec {
 /// Tokens that are encoded or decoded at a time.
 const BATCH: usize = 48;
 /// Ratio between the scales that the search tries.
-const SEARCH_RATIO: f32 = 1.19;
+pub const SEARCH_RATIO: f32 = 1.19;
 /// The search ends when this many scales in a row were no better: the error is nearly unimodal, with ripples of rounding.
-const SEARCH_PATIENCE: usize = 3;
-
+pub const SEARCH_PATIENCE: usize = 3;
 /// How often the distance between the scales tried is halved around the best.
-const SEARCH_REFINEMENTS: usize = 2;
+pub const SEARCH_REFINEMENTS: usize = 2;
 
 impl Codec {
     /// The codec of values.
