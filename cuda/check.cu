@@ -254,6 +254,20 @@ struct Case {
     int planes_v = 0; // 0: as planes
 };
 
+// The same with other ranks and bits.
+static Case with_rows(Case c, const char * name, int rank_k, int rank_v, int b0_k, int b1_k, int b0_v, int b1_v, double curve_k = 1, double curve_v = 1) {
+    c.name = name;
+    c.rank_k = {rank_k};
+    c.rank_v = {rank_v};
+    c.b0_k = b0_k;
+    c.b1_k = b1_k;
+    c.b0_v = b0_v;
+    c.b1_v = b1_v;
+    c.curve_k = curve_k;
+    c.curve_v = curve_v;
+    return c;
+}
+
 static palu_cuda_device device = { 90, 132, 232448 };
 static bool chained = true; // programmatic dependent launch
 
@@ -595,12 +609,13 @@ static void bench_case(Case c, const std::vector<int> & sizes, bool json = false
         palu_cuda_attn p = x.p;
         const Plan fast = plan(device, p, x);
         // several sets of rows, more than the L2 holds
-        const int64_t bytes = (int64_t) c.n_stream*n_kv*(p.k.row_bytes + p.v.row_bytes);
+        const int64_t n_row = (int64_t) c.n_stream*n_kv;
+        const int64_t bytes = n_row*(p.k.row_bytes + p.v.row_bytes);
+        const double bits = 8.0*(p.k.row_bytes + p.v.row_bytes)/(c.n_head_kv*(c.hd_k + c.hd_v)); // per value
         const int n_set = (int) std::max<int64_t>(1, std::min<int64_t>(32, (300 << 20)/bytes + 1));
         const std::vector<uint8_t> part_k = random_rows(x.k, 4096), part_v = random_rows(x.v, 4096);
         std::vector<const uint8_t *> rows_k, rows_v;
         for (int i = 0; i < n_set; i++) {
-            const int64_t n_row = (int64_t) c.n_stream*n_kv;
             uint8_t * k = (uint8_t *) room((size_t) n_row*p.k.row_bytes);
             uint8_t * v = (uint8_t *) room((size_t) n_row*p.v.row_bytes);
             for (int64_t t = 0; t < n_row; t += 4096) {
@@ -679,14 +694,14 @@ static void bench_case(Case c, const std::vector<int> & sizes, bool json = false
             // bytes that have to be read, operations of rebuilding keys
             double ops = 0;
             for (const auto & g : x.k.groups) {
-                ops += 2.0*bytes/(p.k.row_bytes + p.v.row_bytes)*g.rank*c.group_k*c.hd_k;
+                ops += 2.0*n_row*g.rank*c.group_k*c.hd_k;
             }
             printf("{\"name\": \"%s\", \"cells\": %d, \"batch\": %d, \"bits\": %.3f, \"kernel\": \"%s\", \"us\": %.1f, \"back_to_back_us\": %.1f, \"bytes\": %.0f, \"ops\": %.0f}\n",
-                c.name, n_kv, c.n_stream, 8.0*(p.k.row_bytes + p.v.row_bytes)/(c.n_head_kv*(c.hd_k + c.hd_v)), fast.decode.kernel + strlen("palu_"),
+                c.name, n_kv, c.n_stream, bits, fast.decode.kernel + strlen("palu_"),
                 all[all.size()/2], total*1000/n_rep, (double) bytes, ops);
         } else {
             printf("%-34s %7d  %.2f bits  chunks %3d  both %7.1f us  attention alone %7.1f us  back to back %7.1f us  combine alone %4.1f us  general %.1e\n", c.name, n_kv,
-                8.0*(p.k.row_bytes + p.v.row_bytes)/(c.n_head_kv*(c.hd_k + c.hd_v)), p.n_chunk, all[all.size()/2], one[one.size()/2], total*1000/n_rep, combine_us, diff);
+                bits, p.n_chunk, all[all.size()/2], one[one.size()/2], total*1000/n_rep, combine_us, diff);
         }
         fflush(stdout);
         for (auto & i : e) {
@@ -733,32 +748,21 @@ int main(int argc, char ** argv) {
     };
     if (what == "table") {
         for (int batch : { 1, 8 }) {
-            Case c = cases[0];
-            c.n_stream = batch;
-            auto run = [&](const char * name, bool gqa, int rank_k, int rank_v, int b0_k, int b1_k, int b0_v, int b1_v, double curve_k, double curve_v) {
-                c.name = name;
-                c.n_head_kv = c.group_k = c.group_v = gqa ? 8 : 32;
-                if (!gqa) {
-                    c.group_k = c.group_v = 4;
-                }
-                c.rank_k = {rank_k};
-                c.rank_v = {rank_v};
-                c.b0_k = b0_k;
-                c.b1_k = b1_k;
-                c.b0_v = b0_v;
-                c.b1_v = b1_v;
-                c.curve_k = curve_k;
-                c.curve_v = curve_v;
-                c.align = 4;
+            Case mha = cases[0];
+            Case gqa = cases[3];
+            mha.n_stream = gqa.n_stream = batch;
+            mha.align = 4;
+            // ranks as in the paper; ranks and bits as a converter allots them for trained models, at 14.1% and 10% of f16
+            for (const Case & c : {
+                with_rows(mha, "MHA (1024, 3072)", 128, 384, 4, 2, 4, 2),
+                with_rows(mha, "MHA (2048, 2048)", 256, 256, 4, 2, 4, 2),
+                with_rows(mha, "MHA 14.1%", 256, 384, 7, 1, 7, 1, 1.6, 1.15),
+                with_rows(mha, "MHA 10%", 216, 320, 6, 1, 6, 1, 1.8, 1.25),
+                with_rows(gqa, "GQA 14.1%", 512, 640, 8, 1, 8, 1, 1.9, 1.05),
+                with_rows(gqa, "GQA 10%", 440, 600, 6, 1, 7, 1, 1.9, 1.4),
+            }) {
                 bench_case(c, { 4096, 16384, 65536, 262144 }, true);
-            };
-            // ranks and bits as a converter allots them for trained models, at 14.1% and 10% of f16
-            run("MHA (1024, 3072)", false, 128, 384, 4, 2, 4, 2, 1, 1);
-            run("MHA (2048, 2048)", false, 256, 256, 4, 2, 4, 2, 1, 1);
-            run("MHA 14.1%", false, 256, 384, 7, 1, 7, 1, 1.6, 1.15);
-            run("MHA 10%", false, 216, 320, 6, 1, 6, 1, 1.8, 1.25);
-            run("GQA 14.1%", true, 512, 640, 8, 1, 8, 1, 1.9, 1.05);
-            run("GQA 10%", true, 440, 600, 6, 1, 7, 1, 1.9, 1.4);
+            }
         }
         return 0;
     }
@@ -774,37 +778,15 @@ int main(int argc, char ** argv) {
         bench_all_store();
         bench_all_rebuild();
         bench_all_decode_mma(cases);
-        Case mha = cases[0];
-        mha.name = "MHA (1024, 3072)";
-        const std::vector<int> sizes = { 4096, 16384, 65536, 262144 };
-        bench_case(mha, sizes);
-        mha.b0_k = mha.b0_v = 6;
-        mha.b1_k = mha.b1_v = 3;
-        bench_case(mha, { 65536 });
-        mha = cases[0];
-        mha.name = "MHA (2048, 2048)";
-        mha.rank_k = {256};
-        mha.rank_v = {256};
-        bench_case(mha, sizes);
+        const Case & mha = cases[0];
         Case gqa = cases[3];
-        gqa.name = "GQA joint (448, 600)";
-        bench_case(gqa, sizes);
-        Case gqa10 = gqa;
-        gqa10.name = "GQA joint (320, 440)";
-        gqa10.rank_k = {320};
-        gqa10.rank_v = {440};
-        gqa10.b0_k = gqa10.b0_v = 5;
-        gqa10.b1_k = gqa10.b1_v = 2;
-        bench_case(gqa10, sizes);
-        Case real = gqa;
-        real.name = "GQA joint (480, 640), as converted";
-        real.rank_k = {480};
-        real.rank_v = {640};
-        real.b0_k = real.b0_v = 7;
-        real.b1_k = real.b1_v = 1;
-        real.curve_k = 2;
-        real.curve_v = 1.2;
-        bench_case(real, { 256, 1024, 4096, 16384, 65536, 131072, 262144 });
+        const std::vector<int> sizes = { 4096, 16384, 65536, 262144 };
+        bench_case(with_rows(mha, "MHA (1024, 3072)", 128, 384, 4, 2, 4, 2), sizes);
+        bench_case(with_rows(mha, "MHA (1024, 3072)", 128, 384, 6, 3, 6, 3), { 65536 });
+        bench_case(with_rows(mha, "MHA (2048, 2048)", 256, 256, 4, 2, 4, 2), sizes);
+        bench_case(with_rows(gqa, "GQA joint (448, 600)", 448, 600, 6, 3, 6, 3), sizes);
+        bench_case(with_rows(gqa, "GQA joint (320, 440)", 320, 440, 5, 2, 5, 2), sizes);
+        bench_case(with_rows(gqa, "GQA joint (480, 640), as converted", 480, 640, 7, 1, 7, 1, 2, 1.2), { 256, 1024, 4096, 16384, 65536, 131072, 262144 });
         gqa.align = 16;
         gqa.name = "GQA joint, rows of 16 bytes";
         bench_case(gqa, { 65536 });
