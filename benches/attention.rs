@@ -170,6 +170,7 @@ fn attend_with(pool: &Pool, model: &Model, n_token: usize, n_kv: usize, q: &[f32
                 mask_f16: true,
                 pos: pos.as_ptr(),
                 sinks: std::ptr::null(),
+                extra: std::ptr::null(),
                 partial: partial.as_mut_ptr(),
                 out: out.as_mut_ptr(),
                 n_head: N_HEAD,

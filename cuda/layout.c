@@ -10,6 +10,8 @@ const size_t palu_cuda_layout[] = {
                                offsetof(palu_cuda_attn, mask_f16),     offsetof(palu_cuda_attn, v_stage_words),
     sizeof(palu_cuda_store),   offsetof(palu_cuda_store, latent),      offsetof(palu_cuda_store, n_token),
     sizeof(palu_cuda_rebuild), offsetof(palu_cuda_rebuild, out),       offsetof(palu_cuda_rebuild, stages),
+    sizeof(palu_cuda_recent),  offsetof(palu_cuda_recent, out),        offsetof(palu_cuda_recent, max_bias),
+    sizeof(palu_cuda_append),  offsetof(palu_cuda_append, out),        offsetof(palu_cuda_append, n_token),
     sizeof(palu_cuda_device),  sizeof(palu_cuda_launch),               offsetof(palu_cuda_launch, smem),
 };
 

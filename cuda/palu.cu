@@ -254,7 +254,11 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
 
     // a thread per chunk
     const float sink = p.sinks ? p.sinks[qh]*LOG2E : -INFINITY;
-    float top = sink;
+    const float * extra = p.extra ? p.extra + row*(4 + hd) : nullptr;
+    const float extra_top = extra ? extra[0]*LOG2E : -INFINITY;
+    const float extra_sum = extra ? extra[1] : 0.0f;
+    const float extra_d = extra && d < hd ? extra[4 + d] : 0.0f;
+    float top = fmaxf(sink, extra_top);
     for (int i = tid; i < p.n_chunk; i += 1024) {
         top = fmaxf(top, part[(int64_t) i*stride]);
     }
@@ -283,7 +287,8 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
     __syncthreads();
     sum = warp_sum(u[32 + lane]);
     sum_v = warp_sum(u[64 + lane]);
-    const float all = sum + (p.sinks ? exp2f(sink - base) : 0.0f);
+    const float extra_w = exp2f(extra_top - base);
+    const float all = sum + extra_w*extra_sum + (p.sinks ? exp2f(sink - base) : 0.0f);
     const float inv = all > 0.0f ? 1.0f/all : all == 0.0f ? 0.0f : all; // no visible cell: zeros
     __syncthreads();
     // four channels per thread, and the chunks in n_part parts
@@ -337,10 +342,11 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
     }
     x = warp_sum(x);
     if (d < hd && lane == 0) {
-        p.out[row*hd + d] = all > 0.0f || all != all ? (scale_d*x + mean_d*sum)*inv : 0.0f;
+        p.out[row*hd + d] = all > 0.0f || all != all ? (scale_d*x + mean_d*sum + extra_w*extra_d)*inv : 0.0f;
     }
 }
 
 #include "decode_mma.cuh"
 #include "decode_sm90.cuh"
 #include "decode_sm90_wide.cuh"
+#include "recent.cuh"

@@ -85,6 +85,7 @@ typedef struct palu_cuda_attn {
     int64_t         mask_nb_stream;
     const int32_t * pos;      // [n_stream][n_kv]
     const float   * sinks;    // [n_head] or NULL
+    const float   * extra;    // [n_stream][n_token][n_head][4 + v.head_dim] what other cells give, or NULL; only the combine reads it
     float         * partial;  // [n_stream][n_token][n_head][n_chunk][4 + rank_stride]: largest score (in bits, log2), sum of
                               // weights, sum of weights times row scales, unused; then the values summed as codes
     float         * out;      // [n_stream][n_token][n_head][v.head_dim]
@@ -127,13 +128,58 @@ typedef struct palu_cuda_rebuild {
     const uint8_t * rows;       // [n_stream][n_kv][row_bytes], 16-byte aligned
     int64_t         rows_nb_stream;
     const int32_t * pos;        // [n_stream][n_kv], or NULL with rope.pair_dim NULL
-    uint16_t      * out;        // f16 [n_stream][n_kv][n_head_kv][head_dim]
+    uint16_t      * out;        // f16 [n_stream][n_out][n_head_kv][head_dim], of which the first n_kv cells are written
     int32_t         n_stream;
     int32_t         n_kv;
+    int32_t         n_out;
     int32_t         n_split;    // blocks that share the dimensions of a group
     int32_t         slab;       // channels unpacked at a time, a multiple of 64 if it is less than a group's rank_pad
     int32_t         stages;     // of the decoder in shared memory, 2 or 3
 } palu_cuda_rebuild;
+
+#define PALU_CUDA_RECENT_MAX 256
+
+// palu_recent_params of include/palu.h; [2]: keys, values. head_dim_k and head_dim_v are even.
+typedef struct palu_cuda_recent {
+    const float   * q;             // [n_stream][n_token][n_head][head_dim_k], strides in bytes
+    int64_t         q_nb_head;
+    int64_t         q_nb_token;
+    int64_t         q_nb_stream;
+    const float   * cur[2];        // [n_stream*n_token][n_head_kv][head_dim], strides in bytes
+    int64_t         cur_nb_head[2];
+    int64_t         cur_nb_token[2];
+    uint16_t      * slots[2];      // f16 [n_stream][n_slot][n_head_kv][head_dim]
+    const int32_t * idxs;          // [n_stream][n_token][n_recent + 1]
+    float         * out;           // [n_stream][n_token][n_head][4 + head_dim_v], or NULL
+    int32_t         n_head;
+    int32_t         n_head_kv;
+    int32_t         head_dim_k;
+    int32_t         head_dim_v;
+    int32_t         n_token;
+    int32_t         n_stream;
+    int32_t         n_slot;
+    int32_t         n_recent;      // with out at most PALU_CUDA_RECENT_MAX
+    int32_t         tokens_per_block; // with out all of them: a slot may be overwritten when all queries of its stream are done
+    float           scale;
+    float           softcap;
+    float           max_bias;
+} palu_cuda_recent;
+
+// What stands behind rebuilt rows: slots, tokens, zeros. head_dim is even.
+typedef struct palu_cuda_append {
+    const uint16_t * slots;        // f16 [n_stream][n_slot][n_head_kv][head_dim]
+    const float    * cur;          // [n_stream*n_token][n_head_kv][head_dim], strides in bytes
+    int64_t          cur_nb_head;
+    int64_t          cur_nb_token;
+    uint16_t       * out;          // f16 [n_stream][n_out][n_head_kv][head_dim], written from cell n_kv on
+    int32_t          n_head_kv;
+    int32_t          head_dim;
+    int32_t          n_stream;
+    int32_t          n_kv;
+    int32_t          n_out;
+    int32_t          n_slot;
+    int32_t          n_token;
+} palu_cuda_append;
 
 // Kernels (extern "C"; the struct is the only parameter, passed by value):
 //   palu_project      (palu_cuda_store)  any shape; grid (ceil(rank_max/8), n_group, ceil(n_token/PALU_CUDA_PROJECT_TOKENS)), 256 threads
@@ -156,6 +202,8 @@ typedef struct palu_cuda_rebuild {
 //   palu_combine (palu_cuda_attn)   after any decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 1024 threads,
 //                                   dynamic shared memory 4*(max(4096, rank_stride + 32) + rank_stride + 32 + n_chunk) bytes
 
+//   palu_recent  (palu_cuda_recent) grid (n_head_kv, n_stream, ceil(n_token/tokens_per_block)), 256 threads
+//   palu_append  (palu_cuda_append) grid (n_out - n_kv, n_stream), 256 threads
 //   palu_rebuild_{keys,values}_{128,64,32}(palu_cuda_rebuild)  so many cells per block, 256 threads; side.dec_half must be set
 //   palu_rebuild_sm90_{keys,values}_{128,64}                   the same on sm_90a
 //
@@ -179,6 +227,9 @@ typedef struct palu_cuda_launch {
 int palu_cuda_plan_store  (const palu_cuda_device * dev, palu_cuda_store   * p, const palu_cuda_group * groups, palu_cuda_launch out[2]);
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);
 int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]);
+
+int palu_cuda_plan_recent (palu_cuda_recent * p, palu_cuda_launch out[1]);
+int palu_cuda_plan_append (const palu_cuda_append * p, palu_cuda_launch out[1]);
 
 // 1 if attention of this shape is to read the rows, 0 if they are to be rebuilt first.
 int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p);

@@ -316,3 +316,20 @@ int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * 
 size_t palu_cuda_partial_size(const palu_cuda_attn * p) {
     return (size_t) p->n_stream*p->n_token*p->n_head*p->n_chunk*(4 + p->rank_stride);
 }
+
+int palu_cuda_plan_recent(palu_cuda_recent * p, palu_cuda_launch out[1]) {
+    if (p->head_dim_k%2 || p->head_dim_v%2 || (p->out && p->n_recent > PALU_CUDA_RECENT_MAX)) {
+        return -1;
+    }
+    p->tokens_per_block = p->out ? palu_cuda_max32(p->n_token, 1) : 1;
+    out[0] = (palu_cuda_launch) { "palu_recent", { p->n_head_kv, p->n_stream, ceil_div(p->n_token, p->tokens_per_block) }, 256, 0 };
+    return 0;
+}
+
+int palu_cuda_plan_append(const palu_cuda_append * p, palu_cuda_launch out[1]) {
+    if (p->head_dim%2) {
+        return -1;
+    }
+    out[0] = (palu_cuda_launch) { "palu_append", { p->n_out - p->n_kv, p->n_stream, 1 }, 256, 0 };
+    return 0;
+}

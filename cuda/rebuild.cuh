@@ -240,7 +240,7 @@ static __device__ __forceinline__ void rebuild(const palu_cuda_rebuild & p) {
                     lo[e + 1] = (int) __byte_perm(ua, ub, select[1]);
                 }
             }
-            uint16_t * out = p.out + (((int64_t) stream*p.n_kv + cell0 + row0)*s.n_head_kv + gi*s.group_size + head)*hd;
+            uint16_t * out = p.out + (((int64_t) stream*p.n_out + cell0 + row0)*s.n_head_kv + gi*s.group_size + head)*hd;
             const int64_t step8 = (int64_t) 8*s.n_head_kv*hd;
 #pragma unroll
             for (int i = 0; i < MF*2; i++) {

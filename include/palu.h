@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define PALU_ABI_VERSION 2
+#define PALU_ABI_VERSION 3
 
 typedef enum palu_status {
     PALU_OK              = 0,
@@ -159,6 +159,7 @@ typedef struct palu_attn_params {
     int32_t         mask_f16;     // 1: mask is f16, 0: f32
     const int32_t * pos;          // [n_stream][n_kv] position of each cell, contiguous
     const float   * sinks;        // [n_head] logits that take part in the softmax without a value, or NULL
+    const float   * extra;        // [n_stream][n_token][n_head][PALU_EXTRA_HEAD + head_dim_v] from other cells, or NULL: palu_recent()
     float         * partial;      // palu_attn_partial_size() floats; unused when palu_attn_n_chunk() is 1
     float         * out;          // [n_stream][n_token][n_head][head_dim_v], contiguous
     int32_t         n_head;       // a multiple of n_head_kv
@@ -179,16 +180,64 @@ size_t  palu_attn_partial_size(const palu_layer * layer, int32_t n_head, int32_t
 palu_status palu_attn        (const palu_layer * layer, const palu_attn_params * params, int32_t ith, int32_t nth);
 palu_status palu_attn_combine(const palu_layer * layer, const palu_attn_params * params, int32_t ith, int32_t nth);
 
+// The last tokens of a sequence in f16, beside the rows: most of what attention reads is near, and exact there. Every token
+// has its row too. The runtime keeps a ring of slots for each sequence and tells for every query which slot, or which token of
+// the same call, has the cell at each distance before it (its own at distance 0); it hides these cells from the attention over
+// rows with the mask, and passes what comes out here as palu_attn_params.extra. A cell that no slot has any more is simply
+// not named here and read from its row.
+
+#define PALU_N_RECENT   16 // what a runtime should take by default
+#define PALU_EXTRA_HEAD  4 // floats before the values in a row of out: largest score, sum of exp(score - largest), two unused
+
+typedef struct palu_recent_params {
+    const float   * q;              // [n_stream][n_token][n_head][head_dim_k], as in palu_attn_params
+    size_t          q_nb_head;
+    size_t          q_nb_token;
+    size_t          q_nb_stream;
+    const float   * k_cur;          // [n_stream*n_token][n_head_kv][head_dim_k] keys of these tokens, rotated
+    size_t          k_cur_nb_head;
+    size_t          k_cur_nb_token;
+    const float   * v_cur;          // [n_stream*n_token][n_head_kv][head_dim_v]
+    size_t          v_cur_nb_head;
+    size_t          v_cur_nb_token;
+    uint16_t      * k_slots;        // f16 [n_stream][n_slot][n_head_kv][head_dim_k], contiguous
+    uint16_t      * v_slots;        // f16 [n_stream][n_slot][n_head_kv][head_dim_v], contiguous
+    const int32_t * idxs;           // [n_stream][n_token][n_recent + 1]: i < n_slot: slot i, else token i - n_slot of the same stream, negative:
+                                    // none; last the slot that the token goes to when all queries are done, all different, or negative
+    float         * out;            // [n_stream][n_token][n_head][PALU_EXTRA_HEAD + head_dim_v], or NULL: tokens are stored and nothing else
+    int32_t         n_head;
+    int32_t         n_head_kv;
+    int32_t         head_dim_k;
+    int32_t         head_dim_v;
+    int32_t         n_token;        // per stream
+    int32_t         n_stream;
+    int32_t         n_slot;         // per stream
+    int32_t         n_recent;
+    float           scale;          // as in palu_attn_params
+    float           softcap;
+    float           max_bias;       // the mask of the cell at distance d is -d
+} palu_recent_params;
+
+palu_status palu_recent(const palu_recent_params * params, int32_t ith, int32_t nth);
+
 // Rebuilds rows as the f16 cache that they stand for: keys rotated by the cells' positions, values as they are. For a
-// runtime whose own attention is the faster one where many query tokens share a context.
+// runtime whose own attention is the faster one where many query tokens share a context. Slots and tokens of
+// palu_recent_params can be had behind the rows, to be told apart by a mask.
 typedef struct palu_rebuild_params {
     const uint8_t * rows;           // [n_stream][n_kv][row_bytes], rows contiguous within a stream
     size_t          rows_nb_stream; // stride between streams
     const int32_t * pos;            // [n_stream][n_kv] position of each cell, contiguous; only for keys
-    uint16_t      * out;            // f16 [n_stream][n_kv][n_head_kv][head_dim], contiguous
+    uint16_t      * out;            // f16 [n_stream][n_kv + n_slot + n_token + n_pad][n_head_kv][head_dim], contiguous
     int32_t         n_stream;
     int32_t         n_kv;
     int32_t         side;           // palu_side
+    const uint16_t * slots;         // this side's slots; NULL if n_slot is 0
+    const float   * cur;            // this side's tokens; NULL if n_token is 0
+    size_t          cur_nb_head;
+    size_t          cur_nb_token;
+    int32_t         n_slot;
+    int32_t         n_token;        // per stream
+    int32_t         n_pad;          // cells of zeros at the end
 } palu_rebuild_params;
 
 palu_status palu_rebuild(const palu_layer * layer, const palu_rebuild_params * params, int32_t ith, int32_t nth);
@@ -229,6 +278,10 @@ int32_t     palu_cuda_attn_on_rows     (const palu_cuda_layer * layer, int32_t n
 size_t      palu_cuda_attn_partial_size(const palu_cuda_layer * layer, int32_t n_head, int32_t n_token, int32_t n_stream, int32_t n_kv);
 palu_status palu_cuda_attn             (const palu_cuda_layer * layer, const palu_attn_params * params, void * stream);
 palu_status palu_cuda_attn_combine     (const palu_cuda_layer * layer, const palu_attn_params * params, void * stream);
+
+// out is NULL, or n_recent is at most PALU_CUDA_RECENT_MAX.
+#define PALU_CUDA_RECENT_MAX 256
+palu_status palu_cuda_recent(const palu_cuda_layer * layer, const palu_recent_params * params, void * stream);
 
 palu_status palu_cuda_rebuild(const palu_cuda_layer * layer, const palu_rebuild_params * params, void * stream);
 

@@ -54,6 +54,8 @@ pub struct AttnParams {
     pub pos: *const i32,
     /// `[n_head]` or null
     pub sinks: *const f32,
+    /// what the same queries got from other cells, `[n_stream][n_token][n_head][`[`extra_row`]`]`, or null
+    pub extra: *const f32,
     /// [`AttnLayer::partial_size`] floats
     pub partial: *mut f32,
     /// `[n_stream][n_token][n_head][head_dim_v]`
@@ -67,6 +69,15 @@ pub struct AttnParams {
     pub max_bias: f32,
 }
 
+/// Floats of one query's row of [`AttnParams::extra`]: its largest score, the sum of e^(score - largest), two that are not used, and from
+/// [`EXTRA_HEAD`] on the sum of e^(score - largest) times values.
+pub fn extra_row(head_dim_v: usize) -> usize {
+    EXTRA_HEAD + head_dim_v
+}
+
+/// See [`extra_row`].
+pub const EXTRA_HEAD: usize = 4;
+
 /// Rows to be rebuilt as the f16 cache that they stand for; `palu_rebuild_params`.
 #[derive(Clone, Copy, Debug)]
 pub struct RebuildParams {
@@ -76,10 +87,33 @@ pub struct RebuildParams {
     pub rows_nb_stream: usize,
     /// `[n_stream][n_kv]`; only read for keys
     pub pos: *const i32,
-    /// f16 `[n_stream][n_kv][n_head_kv][head_dim]`
+    /// f16 `[n_stream][n_kv + n_slot + n_token + n_pad][n_head_kv][head_dim]`
     pub out: *mut u16,
     pub n_stream: usize,
     pub n_kv: usize,
+    /// f16 `[n_stream][n_slot][n_head_kv][head_dim]`, follow the rows
+    pub slots: *const u16,
+    pub n_slot: usize,
+    /// `[n_stream*n_token][n_head_kv][head_dim]`, keys rotated, follow these; strides in bytes
+    pub cur: *const f32,
+    pub cur_nb_head: usize,
+    pub cur_nb_token: usize,
+    pub n_token: usize,
+    /// zeros follow
+    pub n_pad: usize,
+}
+
+impl RebuildParams {
+    /// Rows alone.
+    pub fn of_rows(rows: *const u8, rows_nb_stream: usize, pos: *const i32, out: *mut u16, n_stream: usize, n_kv: usize) -> Self {
+        let (slots, cur) = (null(), null());
+        Self { rows, rows_nb_stream, pos, out, n_stream, n_kv, slots, n_slot: 0, cur, cur_nb_head: 0, cur_nb_token: 0, n_token: 0, n_pad: 0 }
+    }
+
+    /// Cells of a stream after the rows.
+    pub fn n_more(&self) -> usize {
+        self.n_slot + self.n_token + self.n_pad
+    }
 }
 
 /// One layer, ready to run.
@@ -279,7 +313,7 @@ enum Schedule {
 }
 
 /// Slope of each head's ALiBi, as `ggml_soft_max_ext()` has it.
-fn slope(max_bias: f32, n_head: usize, head: usize) -> f32 {
+pub(crate) fn slope(max_bias: f32, n_head: usize, head: usize) -> f32 {
     if max_bias <= 0.0 {
         return 1.0;
     }
@@ -316,6 +350,19 @@ impl AttnParams {
             (rows.wrapping_add(stream.wrapping_mul(nb_stream).wrapping_add(first.wrapping_mul(row))), n * row)
         };
         [rows(self.rows_k, self.rows_k_nb_stream, k), rows(self.rows_v, self.rows_v_nb_stream, v)]
+    }
+
+    /// A query's largest score over other cells, in units of ln 2, its sum, and its values.
+    unsafe fn extra_at(&self, stream: usize, token: usize, head: usize, head_dim_v: usize) -> (f32, f32, *const f32) {
+        if self.extra.is_null() {
+            return (f32::NEG_INFINITY, 0.0, null());
+        }
+        let row = ((stream * self.n_token + token) * self.n_head + head) * extra_row(head_dim_v);
+        // SAFETY: within the extra rows
+        unsafe {
+            let row = self.extra.add(row);
+            (LOG2_E * *row, *row.add(1), row.add(EXTRA_HEAD))
+        }
     }
 
     /// Address of a token's mask at a tile, or null.
@@ -441,10 +488,31 @@ impl AttnLayer {
                             }
                         }
                     }
-                    let out = std::slice::from_raw_parts_mut(p.out.add(at * n_head * dim), n_head * dim);
+                    let to = at + stream * p.n_more();
+                    let out = std::slice::from_raw_parts_mut(p.out.add(to * n_head * dim), n_head * dim);
                     for (to, &from) in out.iter_mut().zip(cell.iter()) {
                         *to = half::f16::from_f32(from).to_bits();
                     }
+                }
+            }
+        }
+        for unit in (ith..p.n_stream * p.n_more()).step_by(nth) {
+            let (stream, i) = (unit / p.n_more(), unit % p.n_more());
+            let to = (stream * (p.n_kv + p.n_more()) + p.n_kv + i) * n_head * dim;
+            // SAFETY: the caller's promise
+            unsafe {
+                let out = std::slice::from_raw_parts_mut(p.out.add(to), n_head * dim);
+                if i < p.n_slot {
+                    let from = p.slots.add((stream * p.n_slot + i) * n_head * dim);
+                    out.copy_from_slice(std::slice::from_raw_parts(from, n_head * dim));
+                } else if i < p.n_slot + p.n_token {
+                    let token = p.cur.byte_add((stream * p.n_token + i - p.n_slot) * p.cur_nb_token);
+                    for (head, out) in out.chunks_exact_mut(dim).enumerate() {
+                        let from = std::slice::from_raw_parts(token.byte_add(head * p.cur_nb_head), dim);
+                        out.iter_mut().zip(from).for_each(|(to, &x)| *to = half::f16::from_f32(x).to_bits());
+                    }
+                } else {
+                    out.fill(0);
                 }
             }
         }
@@ -1087,7 +1155,8 @@ impl AttnLayer {
         // SAFETY: as the shapes of scratch and partial results say
         unsafe {
             let sink = if p.sinks.is_null() { f32::NEG_INFINITY } else { LOG2_E * *p.sinks.add(head) };
-            let max = (0..n_chunk).fold(sink, |max, c| max.max(*partial.add(c * step)));
+            let extra = p.extra_at(stream, token, head, codec.head_dim);
+            let max = (0..n_chunk).fold(sink.max(extra.0), |max, c| max.max(*partial.add(c * step)));
             let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
             let n = round_up(group.plan.rank, PAD);
             std::ptr::write_bytes(latent, 0, n);
@@ -1102,7 +1171,8 @@ impl AttnLayer {
                 sum_weight += w * *part.add(2);
                 I::merge(latent, part.add(PAD), w, n);
             }
-            let total = sum + (sink - base).exp2();
+            let extra_weight = (extra.0 - base).exp2();
+            let total = sum + (sink - base).exp2() + extra_weight * extra.1;
             let out = p.out.add(((stream * p.n_token + token) * p.n_head + head) * codec.head_dim);
             if total == 0.0 {
                 std::ptr::write_bytes(out, 0, codec.head_dim);
@@ -1132,6 +1202,7 @@ impl AttnLayer {
                 factor: 1.0 / total,
                 out,
             });
+            add_extra(out, extra.2, extra_weight, total, codec.head_dim);
         }
     }
 
@@ -1296,27 +1367,42 @@ impl AttnLayer {
                 let out = p.out.add(((stream * p.n_token + token) * p.n_head + head) * values.head_dim);
                 let (sum, weight) = (lanes(s.sum.add(r * PAD)), lanes(s.sum_weight.add(r * PAD)));
                 let sink = if p.sinks.is_null() { f32::NEG_INFINITY } else { LOG2_E * *p.sinks.add(head) };
-                let max = sink.max(*s.max.add(r));
+                let extra = p.extra_at(stream, token, head, values.head_dim);
+                let max = sink.max(*s.max.add(r)).max(extra.0);
                 let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
                 let shrink = (*s.max.add(r) - base).exp2();
-                let total = if sum == 0.0 { 0.0 } else { sum * shrink } + (sink - base).exp2();
+                let extra_weight = (extra.0 - base).exp2();
+                let total =
+                    if sum == 0.0 { 0.0 } else { sum * shrink } + (sink - base).exp2() + extra_weight * extra.1;
                 if total == 0.0 || sum == 0.0 {
                     std::ptr::write_bytes(out, 0, values.head_dim);
-                    continue;
+                } else {
+                    I::finish_value(&FinishValue {
+                        dim: values.head_dim,
+                        x: s.out.add(r * values.dim),
+                        half: decoder.half,
+                        scale: decoder.scale,
+                        mean: decoder.mean,
+                        weight,
+                        sum,
+                        factor: shrink / total,
+                        out,
+                    });
                 }
-                I::finish_value(&FinishValue {
-                    dim: values.head_dim,
-                    x: s.out.add(r * values.dim),
-                    half: decoder.half,
-                    scale: decoder.scale,
-                    mean: decoder.mean,
-                    weight,
-                    sum,
-                    factor: shrink / total,
-                    out,
-                });
+                add_extra(out, extra.2, extra_weight, total, values.head_dim);
             }
         }
+    }
+}
+
+/// Adds the values of other cells to a query's output. Nothing where there are none.
+unsafe fn add_extra(out: *mut f32, values: *const f32, weight: f32, total: f32, n: usize) {
+    if values.is_null() || total == 0.0 {
+        return;
+    }
+    for d in 0..n {
+        // SAFETY: both have a head's floats
+        unsafe { *out.add(d) += weight / total * *values.add(d) };
     }
 }
 

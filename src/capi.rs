@@ -100,7 +100,7 @@ fn share(ith: i32, nth: i32) -> Result<(usize, usize)> {
 
 #[no_mangle]
 pub extern "C" fn palu_abi_version() -> i32 {
-    2
+    3
 }
 
 #[no_mangle]
@@ -378,6 +378,13 @@ pub struct RebuildParams {
     n_stream: i32,
     n_kv: i32,
     side: i32,
+    slots: *const u16,
+    cur: *const f32,
+    cur_nb_head: usize,
+    cur_nb_token: usize,
+    n_slot: i32,
+    n_token: i32,
+    n_pad: i32,
 }
 
 impl RebuildParams {
@@ -390,9 +397,18 @@ impl RebuildParams {
             out: self.out,
             n_stream: count(self.n_stream, "n_stream")?,
             n_kv: count(self.n_kv, "n_kv")?,
+            slots: self.slots,
+            n_slot: count(self.n_slot, "n_slot")?,
+            cur: self.cur,
+            cur_nb_head: self.cur_nb_head,
+            cur_nb_token: self.cur_nb_token,
+            n_token: count(self.n_token, "n_token")?,
+            n_pad: count(self.n_pad, "n_pad")?,
         };
         ensure!(!p.rows.is_null() && !p.out.is_null(), "rows or out is a null pointer");
         ensure!(side == Side::Value || !p.pos.is_null(), "pos is a null pointer");
+        ensure!(p.n_slot == 0 || !p.slots.is_null(), "slots is a null pointer");
+        ensure!(p.n_token == 0 || !p.cur.is_null(), "cur is a null pointer");
         Ok((side, p))
     }
 }
@@ -429,6 +445,7 @@ pub struct AttnParams {
     mask_f16: i32,
     pos: *const i32,
     sinks: *const f32,
+    extra: *const f32,
     partial: *mut f32,
     out: *mut f32,
     n_head: i32,
@@ -458,6 +475,7 @@ impl AttnParams {
             mask_f16: self.mask_f16 != 0,
             pos: self.pos,
             sinks: self.sinks,
+            extra: self.extra,
             partial: self.partial,
             out: self.out,
             n_head: count(self.n_head, "n_head")?,
@@ -513,6 +531,89 @@ pub unsafe extern "C" fn palu_attn_combine(layer: *const AttnLayer, params: *con
         Ok(())
     };
     unsafe { attend(layer, params, (ith, nth), step) }
+}
+
+#[repr(C)]
+pub struct RecentParams {
+    q: *const f32,
+    q_nb_head: usize,
+    q_nb_token: usize,
+    q_nb_stream: usize,
+    k_cur: *const f32,
+    k_cur_nb_head: usize,
+    k_cur_nb_token: usize,
+    v_cur: *const f32,
+    v_cur_nb_head: usize,
+    v_cur_nb_token: usize,
+    k_slots: *mut u16,
+    v_slots: *mut u16,
+    idxs: *const i32,
+    out: *mut f32,
+    n_head: i32,
+    n_head_kv: i32,
+    head_dim_k: i32,
+    head_dim_v: i32,
+    n_token: i32,
+    n_stream: i32,
+    n_slot: i32,
+    n_recent: i32,
+    scale: f32,
+    softcap: f32,
+    max_bias: f32,
+}
+
+impl RecentParams {
+    fn check(&self) -> Result<crate::recent::RecentParams> {
+        let p = crate::recent::RecentParams {
+            q: self.q,
+            q_nb_head: self.q_nb_head,
+            q_nb_token: self.q_nb_token,
+            q_nb_stream: self.q_nb_stream,
+            cur: [self.k_cur, self.v_cur],
+            cur_nb_head: [self.k_cur_nb_head, self.v_cur_nb_head],
+            cur_nb_token: [self.k_cur_nb_token, self.v_cur_nb_token],
+            slots: [self.k_slots, self.v_slots],
+            idxs: self.idxs,
+            out: self.out,
+            n_head: count(self.n_head, "n_head")?,
+            n_head_kv: count(self.n_head_kv, "n_head_kv")?,
+            head_dim: [count(self.head_dim_k, "head_dim_k")?, count(self.head_dim_v, "head_dim_v")?],
+            n_token: count(self.n_token, "n_token")?,
+            n_stream: count(self.n_stream, "n_stream")?,
+            n_slot: count(self.n_slot, "n_slot")?,
+            n_recent: count(self.n_recent, "n_recent")?,
+            scale: self.scale,
+            softcap: self.softcap,
+            max_bias: self.max_bias,
+        };
+        ensure!(p.n_head_kv > 0 && p.n_head.is_multiple_of(p.n_head_kv), "{} query heads do not divide over {} KV heads", p.n_head, p.n_head_kv);
+        ensure!(!p.cur.iter().any(|c| c.is_null()), "k_cur or v_cur is a null pointer");
+        ensure!(!p.slots.iter().any(|s| s.is_null()) && !p.idxs.is_null(), "k_slots, v_slots or idxs is a null pointer");
+        ensure!(p.out.is_null() || !p.q.is_null(), "q is a null pointer");
+        Ok(p)
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn palu_recent(params: *const RecentParams, ith: i32, nth: i32) -> Status {
+    guard(Status::Argument, || {
+        let p = unsafe { reference(params, "params") }?;
+        let (ith, nth) = share(ith, nth)?;
+        let p = p.check()?;
+        let (n, per_token) = (p.n_stream * p.n_token, p.n_recent + 1);
+        // SAFETY: not null; the caller promises that many numbers
+        let idxs = unsafe { std::slice::from_raw_parts(p.idxs, n * per_token) };
+        for token in idxs.chunks_exact(per_token) {
+            let (slot, cells) = token.split_last().expect("at least one");
+            if let Some(i) = cells.iter().find(|&&i| i64::from(i) >= (p.n_slot + p.n_token) as i64) {
+                return Err(anyhow!("there is no slot or token {i}"));
+            }
+            ensure!(i64::from(*slot) < p.n_slot as i64, "slot {slot} of {} does not exist", p.n_slot);
+        }
+        // SAFETY: the caller promises the shapes in palu.h; indices and null pointers were checked
+        unsafe { p.run(ith, nth) };
+        Ok(())
+    })
 }
 
 fn sizes(shapes: [i32; 4]) -> Result<[usize; 4]> {
@@ -636,6 +737,15 @@ mod cuda {
     pub unsafe extern "C" fn palu_cuda_attn_partial_size(layer: *const Layer, n_head: i32, n_token: i32, n_stream: i32, n_kv: i32) -> usize {
         let shapes = [n_head, n_token, n_stream, n_kv];
         unsafe { of_layer(layer, 0, |l| l.partial_size(sizes(shapes)?)) }
+    }
+
+    #[no_mangle]
+    pub unsafe extern "C" fn palu_cuda_recent(layer: *const Layer, params: *const RecentParams, stream: *mut c_void) -> Status {
+        guard(Status::Argument, || {
+            let (layer, p) = unsafe { (&reference(layer, "layer")?.layer, reference(params, "params")?) };
+            // SAFETY: the caller promises the shapes in palu.h on the layer's device
+            unsafe { layer.recent(&p.check()?, stream) }
+        })
     }
 
     unsafe fn attn_step(layer: *const Layer, params: *const AttnParams, step: usize, stream: *mut c_void) -> Status {

@@ -5,6 +5,7 @@
 //! Nothing here allocates or waits once a layer is made, so that launches can be captured in a CUDA graph.
 
 use crate::attention::{AttnParams, RebuildParams};
+use crate::recent::RecentParams;
 use crate::codec::{planes, Decoder, StoreParams};
 use crate::layout::SEGMENT;
 use crate::projection::{Layer, Side, SideProj};
@@ -88,6 +89,7 @@ mod abi {
         pub mask_nb_stream: i64,
         pub pos: *const i32,
         pub sinks: *const f32,
+        pub extra: *const f32,
         pub partial: *mut f32,
         pub out: *mut f32,
         pub mask_f16: i32,
@@ -133,9 +135,53 @@ mod abi {
         pub out: *mut u16,
         pub n_stream: i32,
         pub n_kv: i32,
+        pub n_out: i32,
         pub n_split: i32,
         pub slab: i32,
         pub stages: i32,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct Recent {
+        pub q: *const f32,
+        pub q_nb_head: i64,
+        pub q_nb_token: i64,
+        pub q_nb_stream: i64,
+        pub cur: [*const f32; 2],
+        pub cur_nb_head: [i64; 2],
+        pub cur_nb_token: [i64; 2],
+        pub slots: [*mut u16; 2],
+        pub idxs: *const i32,
+        pub out: *mut f32,
+        pub n_head: i32,
+        pub n_head_kv: i32,
+        pub head_dim: [i32; 2],
+        pub n_token: i32,
+        pub n_stream: i32,
+        pub n_slot: i32,
+        pub n_recent: i32,
+        pub tokens_per_block: i32,
+        pub scale: f32,
+        pub softcap: f32,
+        pub max_bias: f32,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct Append {
+        pub slots: *const u16,
+        pub cur: *const f32,
+        pub cur_nb_head: i64,
+        pub cur_nb_token: i64,
+        pub out: *mut u16,
+        pub n_head_kv: i32,
+        pub head_dim: i32,
+        pub n_stream: i32,
+        pub n_kv: i32,
+        pub n_out: i32,
+        pub n_slot: i32,
+        pub n_token: i32,
     }
 
     #[repr(C)]
@@ -179,6 +225,8 @@ mod abi {
             groups_v: *const Group,
             out: *mut Launch,
         ) -> i32;
+        pub fn palu_cuda_plan_recent(p: *mut Recent, out: *mut Launch) -> i32;
+        pub fn palu_cuda_plan_append(p: *const Append, out: *mut Launch) -> i32;
         pub fn palu_cuda_tile_keys(
             side: *const Side,
             groups: *const Group,
@@ -579,14 +627,7 @@ impl CudaLayer {
             layer.plan_store(side, &layer.store_shape(side, 1)?)?;
             layer.plan_rebuild(
                 side,
-                &RebuildParams {
-                    rows: std::ptr::null(),
-                    rows_nb_stream: 0,
-                    pos: std::ptr::null(),
-                    out: std::ptr::null_mut(),
-                    n_stream: 1,
-                    n_kv: 256,
-                },
+                &RebuildParams::of_rows(std::ptr::null(), 0, std::ptr::null(), std::ptr::null_mut(), 1, 256),
             )?;
         }
         layer.plan_attn(layer.attn_shape([layer.n_head_kv(), 1, 1, 256])?)?;
@@ -664,6 +705,7 @@ impl CudaLayer {
             out: p.out,
             n_stream: int(p.n_stream)?,
             n_kv: int(p.n_kv)?,
+            n_out: int(p.n_kv + p.n_more())?,
             n_split: 0,
             slab: 0,
             stages: 0,
@@ -686,7 +728,65 @@ impl CudaLayer {
     /// # Safety
     /// Pointers of the shapes in `palu_rebuild_params`, on this device; `stream` as in [`Self::store`].
     pub unsafe fn rebuild(&self, side: Side, p: &RebuildParams, stream: *mut c_void) -> Result<()> {
-        let (mut p, launch) = self.plan_rebuild(side, p)?;
+        let (mut rows, launch) = self.plan_rebuild(side, p)?;
+        // SAFETY: the caller's promise
+        unsafe { self.device.launch(&launch, &mut rows, stream) }?;
+        if p.n_more() == 0 {
+            return Ok(());
+        }
+        let mut more = abi::Append {
+            slots: p.slots,
+            cur: p.cur,
+            cur_nb_head: p.cur_nb_head as i64,
+            cur_nb_token: p.cur_nb_token as i64,
+            out: p.out,
+            n_head_kv: rows.side.n_head_kv,
+            head_dim: rows.side.head_dim,
+            n_stream: rows.n_stream,
+            n_kv: rows.n_kv,
+            n_out: rows.n_out,
+            n_slot: int(p.n_slot)?,
+            n_token: int(p.n_token)?,
+        };
+        let mut launch = Launch::NONE;
+        // SAFETY: plain data
+        ensure!(unsafe { palu_cuda_plan_append(&more, &mut launch) } == 0, "heads of {} dimensions cannot be appended", more.head_dim);
+        // SAFETY: the caller's promise
+        unsafe { self.device.launch(&launch, &mut more, stream) }
+    }
+
+    /// Attends to the last tokens and stores new ones; see `palu_recent`.
+    ///
+    /// # Safety
+    /// Pointers of the shapes in `palu_recent_params`, on this device; `stream` as in [`Self::store`].
+    pub unsafe fn recent(&self, p: &RecentParams, stream: *mut c_void) -> Result<()> {
+        let mut p = abi::Recent {
+            q: p.q,
+            q_nb_head: p.q_nb_head as i64,
+            q_nb_token: p.q_nb_token as i64,
+            q_nb_stream: p.q_nb_stream as i64,
+            cur: p.cur,
+            cur_nb_head: p.cur_nb_head.map(|n| n as i64),
+            cur_nb_token: p.cur_nb_token.map(|n| n as i64),
+            slots: p.slots,
+            idxs: p.idxs,
+            out: p.out,
+            n_head: int(p.n_head)?,
+            n_head_kv: int(p.n_head_kv)?,
+            head_dim: [int(p.head_dim[0])?, int(p.head_dim[1])?],
+            n_token: int(p.n_token)?,
+            n_stream: int(p.n_stream)?,
+            n_slot: int(p.n_slot)?,
+            n_recent: int(p.n_recent)?,
+            tokens_per_block: 0,
+            scale: p.scale,
+            softcap: p.softcap,
+            max_bias: p.max_bias,
+        };
+        let mut launch = Launch::NONE;
+        // SAFETY: plain data
+        let status = unsafe { palu_cuda_plan_recent(&mut p, &mut launch) };
+        ensure!(status == 0, "{} recent tokens with heads of {} and {} dimensions are too many, or these are odd", p.n_recent, p.head_dim[0], p.head_dim[1]);
         // SAFETY: the caller's promise
         unsafe { self.device.launch(&launch, &mut p, stream) }
     }
@@ -709,6 +809,7 @@ impl CudaLayer {
             mask_nb_stream: 0,
             pos: std::ptr::null(),
             sinks: std::ptr::null(),
+            extra: std::ptr::null(),
             partial: std::ptr::null_mut(),
             out: std::ptr::null_mut(),
             mask_f16: 0,
@@ -788,6 +889,7 @@ impl CudaLayer {
             mask_nb_stream: p.mask_nb_stream as i64,
             pos: p.pos,
             sinks: p.sinks,
+            extra: p.extra,
             partial: p.partial,
             out: p.out,
             mask_f16: i32::from(p.mask_f16),
@@ -833,6 +935,12 @@ mod tests {
             size_of::<Rebuild>(),
             offset_of!(Rebuild, out),
             offset_of!(Rebuild, stages),
+            size_of::<abi::Recent>(),
+            offset_of!(abi::Recent, out),
+            offset_of!(abi::Recent, max_bias),
+            size_of::<abi::Append>(),
+            offset_of!(abi::Append, out),
+            offset_of!(abi::Append, n_token),
             size_of::<DeviceInfo>(),
             size_of::<Launch>(),
             offset_of!(Launch, smem),

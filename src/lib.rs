@@ -11,6 +11,7 @@
 //! | [`rope`] | the angles of a cell's rotation |
 //! | [`codec`] | how a token becomes a row, and back |
 //! | [`attention`] | attention over rows |
+//! | [`recent`] | the last tokens in f16 beside the rows |
 //! | `cuda` | the same on an NVIDIA GPU: tables and launches of the kernels in `cuda/` |
 //! | [`kernels`] | the inner loops of both, for each instruction set |
 //! | [`capi`] | the C ABI of `include/palu.h` |
@@ -31,4 +32,5 @@ pub mod hash;
 pub mod kernels;
 pub mod layout;
 pub mod projection;
+pub mod recent;
 pub mod rope;

@@ -5,7 +5,7 @@ mod common;
 
 use common::{random_side, read_row, rebuild_as_defined, rebuild_exactly, Random};
 use half::f16;
-use palu::attention::{AttnLayer, AttnParams, RebuildParams};
+use palu::attention::{extra_row, AttnLayer, AttnParams, RebuildParams, EXTRA_HEAD};
 use palu::codec::{planes, Decoder};
 use palu::kernels::{force_path, Path};
 use palu::projection::{Layer, Side, SideProj};
@@ -87,6 +87,8 @@ struct Case {
     mask: Mask,
     positions: Positions,
     sinks: bool,
+    /// something from other cells for most queries
+    extra: bool,
     softcap: f32,
     max_bias: f32,
     seed: u64,
@@ -114,6 +116,7 @@ impl Default for Case {
             mask: Mask::Holes16,
             positions: Positions::InOrder,
             sinks: false,
+            extra: false,
             softcap: 0.0,
             max_bias: 0.0,
             seed: 1,
@@ -131,6 +134,8 @@ struct Inputs {
     mask16: Vec<f16>,
     pos: Vec<i32>,
     sinks: Vec<f32>,
+    /// `[n_stream][n_token][n_head][extra_row]`
+    extra: Vec<f32>,
 }
 
 impl Case {
@@ -195,7 +200,15 @@ impl Case {
             (0..self.n_stream * self.n_token * self.n_head * self.head_dim_k).map(|_| random.normal() as f32).collect();
         let sinks = (0..self.n_head).map(|_| 3.0 * random.normal() as f32).collect();
         let mask16 = mask.iter().map(|&m| f16::from_f32(m)).collect();
-        Inputs { layer, attn, q, rows, mask, mask16, pos, sinks }
+        let mut extra = Vec::new();
+        for i in 0..self.n_stream * self.n_token * self.n_head {
+            // none, and far above and below what rows give, among them
+            let nothing = i % 4 == 1;
+            let top = [0.0, 40.0, -40.0][i / 4 % 3] + random.normal() as f32;
+            extra.extend([if nothing { f32::NEG_INFINITY } else { top }, if nothing { 0.0 } else { 1.5 }, f32::NAN, f32::NAN]);
+            extra.extend((0..self.head_dim_v).map(|_| if nothing { 0.0 } else { random.normal() as f32 }));
+        }
+        Inputs { layer, attn, q, rows, mask, mask16, pos, sinks, extra }
     }
 
     fn scale(&self) -> f32 {
@@ -209,6 +222,7 @@ impl Case {
         let size = inputs.attn.partial_size(self.n_head, self.n_token, self.n_stream, self.n_kv);
         let partial = Guarded::new(&vec![f32::NAN; size]);
         let (q, pos, sinks) = (Guarded::new(&inputs.q), Guarded::new(&inputs.pos), Guarded::new(&inputs.sinks));
+        let extra = Guarded::new(&inputs.extra);
         let (mask, mask16) = (Guarded::new(&inputs.mask), Guarded::new(&inputs.mask16));
         let (rows_k, rows_v) = (Guarded::new(&inputs.rows[0]), Guarded::new(&inputs.rows[1]));
         let half_mask = !matches!(self.mask, Mask::Causal32 | Mask::Holes32);
@@ -233,6 +247,7 @@ impl Case {
             mask_f16: half_mask,
             pos: pos.first,
             sinks: if self.sinks { sinks.first } else { std::ptr::null() },
+            extra: if self.extra { extra.first } else { std::ptr::null() },
             partial: partial.first,
             out: out.first,
             n_head: self.n_head,
@@ -333,9 +348,18 @@ impl Case {
                         scores.push((c, score + slope * mask));
                     }
                     let sink = if self.sinks { f64::from(inputs.sinks[h]) } else { f64::NEG_INFINITY };
-                    let max = scores.iter().fold(sink, |m, s| m.max(s.1));
-                    let total: f64 = scores.iter().map(|s| (s.1 - max).exp()).sum::<f64>() + (sink - max).exp();
+                    let row = (s * self.n_token + t) * self.n_head + h;
+                    let other = &inputs.extra[row * extra_row(self.head_dim_v)..][..extra_row(self.head_dim_v)];
+                    let other_max = if self.extra { f64::from(other[0]) } else { f64::NEG_INFINITY };
+                    let max = scores.iter().fold(sink.max(other_max), |m, s| m.max(s.1));
+                    let total: f64 = scores.iter().map(|s| (s.1 - max).exp()).sum::<f64>()
+                        + (sink - max).exp()
+                        + if other_max > f64::NEG_INFINITY { (other_max - max).exp() * f64::from(other[1]) } else { 0.0 };
                     let mut y = vec![0.0; self.head_dim_v];
+                    if other_max > f64::NEG_INFINITY {
+                        let weight = (other_max - max).exp() / total;
+                        y.iter_mut().zip(&other[EXTRA_HEAD..]).for_each(|(y, v)| *y += weight * f64::from(*v));
+                    }
                     for (c, score) in scores {
                         let p = (score - max).exp() / total;
                         let value = &values[s * self.n_kv + c][h / rep * self.head_dim_v..][..self.head_dim_v];
@@ -355,14 +379,14 @@ impl Case {
             let p = inputs.layer.side(side);
             let out = Guarded::new(&vec![0x7e00u16; want.len() * p.n_head_kv * p.head_dim]);
             let (rows, pos) = (Guarded::new(&inputs.rows[side as usize]), Guarded::new(&inputs.pos));
-            let params = RebuildParams {
-                rows: rows.first,
-                rows_nb_stream: p.row_bytes * self.n_kv,
-                pos: pos.first,
-                out: out.first,
-                n_stream: self.n_stream,
-                n_kv: self.n_kv,
-            };
+            let params = RebuildParams::of_rows(
+                rows.first,
+                p.row_bytes * self.n_kv,
+                pos.first,
+                out.first,
+                self.n_stream,
+                self.n_kv,
+            );
             for ith in 0..3 {
                 // SAFETY: the shapes are those of the case
                 unsafe { inputs.attn.rebuild(side, &params, ith, 3) };
@@ -403,6 +427,17 @@ impl Case {
             self.check_rebuilt(&inputs);
         }
         force_path(None);
+    }
+}
+
+#[test]
+fn other_cells_are_merged() {
+    for (i, n_token) in [1, 2, 5, 33, 64].into_iter().enumerate() {
+        for n_kv in [7, 200, 1500] {
+            let case = Case { n_token, n_kv, extra: true, mask: Mask::Holes32, seed: i as u64, ..Case::default() };
+            Case { sinks: i % 2 == 0, ..case.clone() }.check();
+            Case { n_head: 4, n_head_kv: 2, group_k: 2, group_v: 2, n_stream: 2, ..case }.check();
+        }
     }
 }
 

@@ -7,10 +7,10 @@
 
 mod common;
 
-use common::{random_side, Random};
+use common::{random_side, Random, RecentCase};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr};
 use half::f16;
-use palu::attention::{AttnLayer, AttnParams, RebuildParams};
+use palu::attention::{extra_row, AttnLayer, AttnParams, RebuildParams};
 use palu::codec::StoreParams;
 use palu::cuda::{CudaLayer, Device};
 use palu::projection::{Layer, Side, SIDES};
@@ -314,22 +314,37 @@ fn rebuilt_rows_are_those_of_the_cpu() {
         let pos = case.positions();
         for side in SIDES {
             let p = s.layer.side(side);
-            let n = case.n_stream * case.n_kv * p.n_head_kv * p.head_dim;
-            let mut want = vec![0u16; n];
+            // every other case with slots, tokens and zeros behind the rows
+            let [n_slot, n_token, n_pad] = if i % 2 == 0 { [16, case.n_token, 5] } else { [0; 3] };
+            let width = p.n_head_kv * p.head_dim;
+            let n = case.n_stream * (case.n_kv + n_slot + n_token + n_pad) * width;
+            let slots: Vec<u16> = (0..case.n_stream * n_slot * width).map(|_| f16::from_f32(s.random.normal() as f32).to_bits()).collect();
+            let cur: Vec<f32> = (0..case.n_stream * n_token * width).map(|_| s.random.normal() as f32).collect();
+            let mut want = vec![0x7e00u16; n];
             let rows = &rows[side as usize];
             let params = RebuildParams {
-                rows: rows.as_ptr(),
-                rows_nb_stream: case.n_kv * p.row_bytes,
-                pos: pos.as_ptr(),
-                out: want.as_mut_ptr(),
-                n_stream: case.n_stream,
-                n_kv: case.n_kv,
+                slots: slots.as_ptr(),
+                n_slot,
+                cur: cur.as_ptr(),
+                cur_nb_head: 4 * p.head_dim,
+                cur_nb_token: 4 * width,
+                n_token,
+                n_pad,
+                ..RebuildParams::of_rows(
+                    rows.as_ptr(),
+                    case.n_kv * p.row_bytes,
+                    pos.as_ptr(),
+                    want.as_mut_ptr(),
+                    case.n_stream,
+                    case.n_kv,
+                )
             };
             // SAFETY: shapes as above
             unsafe { s.cpu.rebuild(side, &params, 0, 1) };
             let (rows, pos) = (Buffer::new(&stream, rows, 0), Buffer::new(&stream, &pos, 0));
+            let (slots, cur) = (Buffer::new(&stream, &slots, 0x7e00), Buffer::new(&stream, &cur, f32::NAN));
             let out = Buffer::new(&stream, &vec![0x7e00u16; n], 0x7e00);
-            let params = RebuildParams { rows: rows.at(), pos: pos.at(), out: out.at(), ..params };
+            let params = RebuildParams { rows: rows.at(), pos: pos.at(), out: out.at(), slots: slots.at(), cur: cur.at(), ..params };
             // SAFETY: shapes as above, on the device
             unsafe { s.gpu.rebuild(side, &params, stream.cu_stream().cast()) }.unwrap();
             let float = |x: Vec<u16>| x.into_iter().map(|x| f16::from_bits(x).to_f32()).collect::<Vec<_>>();
@@ -374,6 +389,12 @@ fn attention_is_that_of_the_cpu() {
             (0..case.n_stream * case.n_token * case.n_head * case.dim_k).map(|_| s.random.normal() as f32).collect();
         let sinks: Vec<f32> = (0..case.n_head).map(|_| s.random.normal() as f32).collect();
         let n_out = case.n_stream * case.n_token * case.n_head * case.dim_v;
+        let mut extra = Vec::new();
+        for row in 0..n_out / case.dim_v {
+            let top = if row % 3 == 1 { f32::NEG_INFINITY } else { 3.0 * s.random.normal() as f32 };
+            extra.extend([top, if row % 3 == 1 { 0.0 } else { 1.7 }, f32::NAN, f32::NAN]);
+            extra.extend((4..extra_row(case.dim_v)).map(|_| if row % 3 == 1 { 0.0 } else { s.random.normal() as f32 }));
+        }
         let mut want = vec![f32::NAN; n_out];
         let shapes = [case.n_head, case.n_token, case.n_stream, case.n_kv];
         let mut partial = vec![f32::NAN; s.cpu.partial_size(shapes[0], shapes[1], shapes[2], shapes[3])];
@@ -393,6 +414,7 @@ fn attention_is_that_of_the_cpu() {
             mask_f16: case.mask_f16,
             pos: pos.as_ptr(),
             sinks: if case.sinks { sinks.as_ptr() } else { std::ptr::null() },
+            extra: if i % 2 == 0 { extra.as_ptr() } else { std::ptr::null() },
             partial: partial.as_mut_ptr(),
             out: want.as_mut_ptr(),
             n_head: case.n_head,
@@ -411,6 +433,7 @@ fn attention_is_that_of_the_cpu() {
         let (gq, gpos, gsinks) =
             (Buffer::new(&stream, &q, f32::NAN), Buffer::new(&stream, &pos, 0), Buffer::new(&stream, &sinks, f32::NAN));
         let (gk, gv) = (Buffer::new(&stream, &rows[0], 0xff), Buffer::new(&stream, &rows[1], 0xff));
+        let gextra = Buffer::new(&stream, &extra, f32::NAN);
         let (m16, m32) = (Buffer::new(&stream, &mask16, 0), Buffer::new(&stream, &mask, f32::NAN));
         let partial = Buffer::new(&stream, &vec![f32::NAN; s.gpu.partial_size(shapes).unwrap()], f32::NAN);
         let out = Buffer::new(&stream, &vec![f32::NAN; n_out], f32::NAN);
@@ -421,6 +444,7 @@ fn attention_is_that_of_the_cpu() {
             mask: if case.mask_f16 { m16.at().cast() } else { m32.at().cast() },
             pos: gpos.at(),
             sinks: if case.sinks { gsinks.at() } else { std::ptr::null() },
+            extra: if i % 2 == 0 { gextra.at() } else { std::ptr::null() },
             partial: partial.at(),
             out: out.at(),
             ..params
@@ -432,5 +456,32 @@ fn attention_is_that_of_the_cpu() {
         let e = error(&out.read(f32::NAN), &want);
         // keys, queries and weights in f16 on the GPU
         assert!(e < 2e-3, "{case:?}: {e}");
+    }
+}
+
+#[test]
+fn recent_tokens_are_those_of_the_cpu() {
+    let Some(stream) = gpu("recent_tokens_are_those_of_the_cpu") else { return };
+    let gpu = cases()[0].setup(300).gpu;
+    for (i, case) in RecentCase::all().iter().enumerate() {
+        let x = case.inputs(&mut Random(i as u64 + 9));
+        let n_out = case.n_stream * case.n_token * case.n_head * extra_row(case.head_dim[1]);
+        for attends in [true, false] {
+            let (q, idxs) = (Buffer::new(&stream, &x.q, f32::NAN), Buffer::new(&stream, &x.idxs, 0));
+            let cur = [0, 1].map(|side| Buffer::new(&stream, &x.cur[side], f32::NAN));
+            let slots = [0, 1].map(|side| Buffer::new(&stream, &x.slots[side], 0x7e00));
+            let out = Buffer::new(&stream, &vec![f32::NAN; n_out], f32::NAN);
+            let (cur_at, slots_at) = ([cur[0].at().cast_const(), cur[1].at()], [slots[0].at(), slots[1].at()]);
+            let p = case.params(q.at(), cur_at, slots_at, idxs.at(), if attends { out.at() } else { std::ptr::null_mut() });
+            // SAFETY: the shapes are those of the case, on the device
+            unsafe { gpu.recent(&p, stream.cu_stream().cast()) }.unwrap();
+            let (got, stored) = (out.read(f32::NAN), [slots[0].read(0x7e00), slots[1].read(0x7e00)]);
+            if attends {
+                case.check(&x, &got);
+            } else {
+                assert!(got.iter().all(|x| x.is_nan()));
+            }
+            assert!(stored == case.stored(&x), "slots of {case:?}");
+        }
     }
 }
