@@ -32,9 +32,66 @@ fn threads_and_flash_attention_do_not_matter() {
 
 #[test]
 fn removing_a_tail_leaves_no_trace() {
-    let plain = run("2.25", &["rand:0@0:100:1", "rand:0@100:20:2"]);
-    let detour = run("2.25", &["rand:0@0:100:1", "rand:0@100:50:9", "rm:0:100:-1", "rand:0@100:20:2"]);
-    assert!(last(&plain, 20) == last(&detour, 20));
+    let rows = ["--palu-recent", "0"];
+    let plain = ["rand:0@0:100:1", "rand:0@100:20:2"];
+    let detour = ["rand:0@0:100:1", "rand:0@100:50:9", "rm:0:100:-1", "rand:0@100:20:2"];
+    let run = |options: &[&str], script: &[&str]| run("2.25", &[options, script].concat());
+    assert!(last(&run(&rows, &plain), 20) == last(&run(&rows, &detour), 20));
+    // but for slots that the tail took: tokens before it are read from their rows until the slots are theirs again
+    let (plain, detour) = (run(&[], &plain), run(&[], &detour));
+    let error = nmse(last(&plain, 20), last(&detour, 20));
+    assert!(error > 0.0 && error < 0.05, "{error}");
+}
+
+/// Rows that say next to nothing, beside every token in f16: what comes out is the f16 cache's, so all of it was read there.
+#[test]
+fn recent_tokens_are_read_in_f16() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (all, one) = (file("all"), file("one"));
+    let (save, load) = (format!("save:{all}"), format!("load:{all}"));
+    let (save_one, load_one) = (format!("save-seq:1:{one}"), format!("load-seq:1:{one}"));
+    let scripts: &[(&[&str], &[&str])] = &[
+        (&[], &["rand:0@0:150:1", "rand:0@150:1:2", "rand:0@151:7:3", "rand:0@158:40:4"]),
+        (&["--ubatch", "32"], &["rand:0@0:200:1", "rand:0@200:5:2"]),
+        (&["--seqs", "2"], &["rand:0@0:60:1+1@0:60:2", "rand:0@60:4:3+1@60:4:4", "rand:1@64:9:5"]),
+        (&["--seqs", "2", "--unified"], &["rand:0@0:60:1+1@0:60:2", "rand:0@60:4:3+1@60:4:4", "rand:1@64:9:5"]),
+        (&["--seqs", "3"], &["rand:0@0:100:1", "cp:0:2:-1:-1", "rm:0:-1:-1", "rand:2@100:20:2"]),
+        (&["--seqs", "3", "--unified"], &["rand:0@0:100:1", "cp:0:2:-1:-1", "rand:2@100:20:2", "rand:0@100:20:3"]),
+        // tokens that come in the place of others
+        (&[], &["rand:0@0:100:1", "rm:0:50:-1", "rand:0@50:60:2", "rm:0:80:-1", "rand:0@80:3:3"]),
+        (&[], &["rand:0@0:100:1", &save, "clear", "rand:0@0:120:5", &load, "rand:0@100:10:2"]),
+        (&["--seqs", "2", "--unified"], &["rand:0@0:30:1+1@0:90:2", &save_one, "rand:1@90:9:5", &load_one, "rand:1@90:5:6+0@30:5:7"]),
+        (&["--seqs", "2"], &["rand:0@0:30:1+1@0:90:2", &save_one, "rand:1@90:9:5", &load_one, "rand:1@90:5:6+0@30:5:7"]),
+        (&[], &["rand:0@0:100:1", "add:0:0:-1:37", "add:0:0:-1:-37", "rand:0@100:8:2"]),
+    ];
+    for (options, script) in scripts {
+        let stock = steps(Path::new(MODEL), &[&["--type", "f32"], *options, *script].concat());
+        let recent = run("1", &[&["--palu-bits", "0.5", "--palu-recent", "256"], *options, *script].concat());
+        assert!(nmse(&stock, &recent) < 3e-4, "{options:?} {script:?}: {}", nmse(&stock, &recent));
+        let rows = run("1", &[&["--palu-bits", "0.5", "--palu-recent", "0"], *options, *script].concat());
+        assert!(nmse(&stock, &rows) > 1e-2, "the rows are too good for this test: {}", nmse(&stock, &rows));
+    }
+    // keys in slots are rotated, so a shift leaves them; the rows know their new positions
+    let script = ["rand:0@0:100:1", "add:0:0:-1:37", "rand:0@137:1:2"];
+    let wide = |recent: &str| run(WIDE, &[&["--palu-recent", recent], &script[..]].concat());
+    assert!(nmse(last(&wide("0"), 1), last(&wide("256"), 1)) < 1e-3);
+}
+
+#[test]
+fn micro_batches_do_not_matter() {
+    let script = ["rand:0@0:200:1", "rand:0@200:3:2"];
+    let whole = run("2.25", &script);
+    let parts = run("2.25", &[&["--ubatch", "24"], &script[..]].concat());
+    // a code at the edge can fall to the other side
+    assert!(nmse(&whole, &parts) < 2e-3, "{}", nmse(&whole, &parts));
+}
+
+#[test]
+fn more_recent_tokens_than_there_is_room_for_are_refused() {
+    let palu = projection("2.25");
+    let palu = palu.to_str().unwrap();
+    refuse(llama("palu-steps").args([MODEL, "/dev/null", "--palu", palu, "--palu-recent", "257", "rand:0@0:9:1"]), "257 recent tokens are too many");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 // Does what a script on the command line says with one llama.cpp context, through the public API alone, and writes the
 // logits of every evaluated token to a file. The tests compare such files.
 //
-//   palu-steps MODEL OUT [--palu FILE] [--palu-bits B] [--type f32|f16|q8_0|q4_0] [--ctx N] [--ubatch N] [--seqs N]
+//   palu-steps MODEL OUT [--palu FILE] [--palu-bits B] [--palu-recent N] [--type f32|f16|q8_0|q4_0] [--ctx N] [--ubatch N] [--seqs N]
 //              [--unified] [--fa 0|1] [--threads N] [--ngl N] STEP...
 //
 //   eval:SEQ@POS:T,T,..[+SEQ@POS:T,..]   one batch of tokens T of sequence SEQ from position POS on
@@ -108,6 +108,8 @@ int main(int argc, char ** argv) {
             mparams.palu = argv[i + 1 < argc ? ++i : i];
         } else if (arg == "--palu-bits") {
             mparams.palu_bits = std::stod(value());
+        } else if (arg == "--palu-recent") {
+            mparams.palu_recent = std::stoi(value());
         } else if (arg == "--type") {
             const std::string type = value();
             cparams.type_k = cparams.type_v = type == "f32" ? GGML_TYPE_F32 : type == "q8_0" ? GGML_TYPE_Q8_0 :
