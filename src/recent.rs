@@ -10,6 +10,9 @@ use crate::attention::{extra_row, slope, EXTRA_HEAD};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+/// What a runtime should take by default; `PALU_N_RECENT`.
+pub const N_RECENT: usize = 16;
+
 /// `palu_recent_params`.
 #[derive(Clone, Copy, Debug)]
 pub struct RecentParams {

@@ -99,7 +99,7 @@ int main(int argc, char ** argv) {
     // as an f16 cache would hold it: values as they are, keys rotated by their position, which leaves each pair's length
     const int32_t at = 5;
     uint16_t half[D];
-    palu_rebuild_params rebuild = { rows_v + idx*layer_info.row_bytes_v, 0, NULL, half, 1, 1, PALU_VALUE };
+    palu_rebuild_params rebuild = { rows_v + idx*layer_info.row_bytes_v, 0, NULL, half, 1, 1, PALU_VALUE, NULL, NULL, 0, 0, 0, 0, 0 };
     CHECK(palu_rebuild(layer, &rebuild, 0, 1) == PALU_OK);
     for (int i = 0; i < D; ++i) {
         CHECK(fabsf(half_to_float(half[i]) - v[i]) < 1e-3f);
@@ -117,7 +117,7 @@ int main(int argc, char ** argv) {
     const int32_t pos [N_ROW] = { -1, 12345678, 5, 7 };
     palu_attn_params attn = {
         q, HEAD_DIM*sizeof(float), D*sizeof(float), 0, rows_k, rows_v, 0, 0, mask, sizeof(mask), 0, 0,
-        pos, NULL, NULL, out, N_HEAD, 1, 1, N_ROW, 0.125f, 0.0f, 0.0f,
+        pos, NULL, NULL, NULL, out, N_HEAD, 1, 1, N_ROW, 0.125f, 0.0f, 0.0f,
     };
     const int    n_chunk = palu_attn_n_chunk(layer, N_HEAD, 1, 1, N_ROW);
     const size_t size    = palu_attn_partial_size(layer, N_HEAD, 1, 1, N_ROW);
@@ -131,6 +131,34 @@ int main(int argc, char ** argv) {
     for (int i = 0; i < D; ++i) {
         CHECK(fabsf(out[i] - v[i]) < 1e-4f);
     }
+
+    // a token of this call beside the row, with a score that leaves the row nothing: what comes out is the token's value
+    float key[D], value[D], extra[N_HEAD*(PALU_EXTRA_HEAD + HEAD_DIM)];
+    uint16_t slots_k[2*D] = { 0 }, slots_v[2*D] = { 0 };
+    for (int i = 0; i < D; ++i) {
+        key[i] = 100.0f*q[i];
+        value[i] = 0.5f*(i%7);
+    }
+    int32_t recent_idxs[] = { 2, -1, 1 }; // the token itself, nothing before it, and it goes to slot 1
+    palu_recent_params recent = {
+        q, HEAD_DIM*sizeof(float), D*sizeof(float), 0, key, HEAD_DIM*sizeof(float), 0, value, HEAD_DIM*sizeof(float), 0,
+        slots_k, slots_v, recent_idxs, extra, N_HEAD, N_HEAD, HEAD_DIM, HEAD_DIM, 1, 1, 2, 2, 0.125f, 0.0f, 0.0f,
+    };
+    for (int ith = 0; ith < 2; ++ith) {
+        CHECK(palu_recent(&recent, ith, 2) == PALU_OK);
+    }
+    attn.extra = extra;
+    CHECK(palu_attn(layer, &attn, 0, 1) == PALU_OK);
+    CHECK(palu_attn_combine(layer, &attn, 0, 1) == PALU_OK);
+    for (int i = 0; i < D; ++i) {
+        CHECK(fabsf(out[i] - value[i]) < 1e-4f);
+        CHECK(slots_v[i] == 0 && half_to_float(slots_v[D + i]) == value[i] && fabsf(half_to_float(slots_k[D + i]) - key[i]) <= 1e-3f*fabsf(key[i]));
+    }
+    recent_idxs[0] = 3;
+    CHECK(palu_recent(&recent, 0, 1) == PALU_ERR_ARGUMENT); // there is one token
+    recent_idxs[0] = 2;
+    recent_idxs[2] = 2;
+    CHECK(palu_recent(&recent, 0, 1) == PALU_ERR_ARGUMENT); // there are two slots
     attn.n_head = 7;
     CHECK(palu_attn(layer, &attn, 0, 1) == PALU_ERR_ARGUMENT);
     attn.n_head = N_HEAD;

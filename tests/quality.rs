@@ -29,12 +29,13 @@ fn divergence_stays_below_stock_quantization_at_twice_the_bytes() {
     println!("q4_0 at 28.1% of f16: mean {:.6} median {:.6} 99.9% {:.6}", q4_0.0, q4_0.1, q4_0.2);
     let file = converted("4.5", &[]);
     let mut mean = Vec::new();
-    for (bits, percent) in [("4.5", 28.1), ("3", 18.8), ("2.25", 14.1)] {
+    // 16 of 2048 tokens in f16 take as much as an eighth of a bit per value
+    for (bits, percent) in [("4.375", 28.1), ("2.875", 18.8), ("2.125", 14.1)] {
         let palu = kld(&["--palu", file.to_str().unwrap(), "--palu-bits", bits]);
         println!("palu at {percent}% of f16: mean {:.6} median {:.6} 99.9% {:.6}", palu.0, palu.1, palu.2);
         assert!(palu.0 < q4_0.0 && palu.1 < q4_0.1 && palu.2 < q4_0.2, "worse than q4_0 with {percent}% of f16's bytes");
         mean.push(palu.0);
     }
     assert!(mean.windows(2).all(|w| w[0] < w[1]), "more bytes must not be worse: {mean:?}");
-    assert!(mean[2] < 0.0094, "{mean:?}");
+    assert!(mean[2] < 0.002, "{mean:?}");
 }

@@ -41,6 +41,8 @@ pub struct Pass<'a> {
     pub attended: bool,
     /// every how many positions a query is looked at
     pub sample: usize,
+    /// last tokens before a query that are read in f16
+    pub n_recent: usize,
     pub n_thread: usize,
     pub checkpoint: Checkpoint,
 }
@@ -120,12 +122,12 @@ impl Pass<'_> {
     /// Adds what attention does in the window that was just run.
     fn weigh(&self, heads: &[(usize, usize)], weights: &[Mutex<HeadWeights>], roots: &[Vec<Vec<f32>>]) {
         // not all of self: the model is for one thread
-        let (tap, layers) = (self.tap, &self.layers);
+        let (tap, layers, n_recent) = (self.tap, &self.layers, self.n_recent);
         let seen = tap.take_windows();
         let importance: Vec<Importance> = parallel(heads.len(), self.n_thread, |j| {
             let (i, g) = heads[j];
             let (shape, rope) = tap.layer(layers[i].0);
-            stats::lock(&weights[j]).add(g, &shape, &rope, &seen[i], &roots[i])
+            stats::lock(&weights[j]).add(g, &shape, &rope, &seen[i], &roots[i], n_recent)
         });
         if !self.attended {
             return;

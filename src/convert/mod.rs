@@ -20,6 +20,7 @@ pub use stats::{Tap, TapParams};
 
 use crate::hash::xxh64;
 use crate::layout::{MAX_BITS, ROW_ALIGN, SCALE_BYTES, SEGMENT};
+use crate::recent::N_RECENT;
 use crate::projection::{LayerFile, Meta, ProjectionFile, SIDES};
 use anyhow::{ensure, Context, Result};
 use checkpoint::{with_suffix, Checkpoint, Memo};
@@ -121,6 +122,9 @@ pub struct Options {
     #[arg(long, value_name = "PART", default_value_t = CONCENTRATION, value_parser = parse_part)]
     #[arg(help_heading = "Advanced, for comparison", hide_short_help = true)]
     pub concentration: f64,
+    /// Last tokens of a sequence that are read in f16 (as --palu-recent): errors of their rows do not count
+    #[arg(long, value_name = "N", default_value_t = N_RECENT, help_heading = "Advanced, for comparison", hide_short_help = true)]
+    pub recent: usize,
     /// Subtract no means
     #[arg(long, help_heading = "Advanced, for comparison", hide_short_help = true)]
     pub no_mean: bool,
@@ -277,6 +281,9 @@ impl Options {
         if self.concentration != CONCENTRATION {
             s += &format!(" --concentration {}", self.concentration);
         }
+        if self.recent != N_RECENT {
+            s += &format!(" --recent {}", self.recent);
+        }
         if self.no_mean {
             s += " --no-mean";
         }
@@ -430,7 +437,7 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
     for (i, pass) in passes(options, &shapes, &windows)?.into_iter().enumerate() {
         let start = Instant::now();
         let path = if i == 0 { stem.clone() } else { with_suffix(&stem, &format!(".{i}")) };
-        let identity = statistics_identity(&model, &shapes, &windows, &pass, options.importance > 0.0);
+        let identity = statistics_identity(&model, &shapes, &windows, &pass, options);
         let pass = Pass {
             model: &model,
             tap: &tap,
@@ -439,6 +446,7 @@ unsafe fn convert(options: &Options, host: &Host) -> Result<()> {
             windows: &windows.collect,
             attended: options.importance > 0.0,
             sample: sample(&windows),
+            n_recent: options.recent,
             n_thread,
             checkpoint: Checkpoint::new(path.clone(), identity),
         };
@@ -542,8 +550,11 @@ fn passes(options: &Options, shapes: &BTreeMap<usize, LayerShape>, windows: &Win
 }
 
 /// A hash of everything that decides what one pass collects.
-fn statistics_identity(model: &Model, shapes: &BTreeMap<usize, LayerShape>, windows: &Windows, pass: &[(usize, usize)], attended: bool) -> u64 {
-    let mut h = xxh64(&[u8::from(attended)], model.identity);
+fn statistics_identity(model: &Model, shapes: &BTreeMap<usize, LayerShape>, windows: &Windows, pass: &[(usize, usize)], options: &Options) -> u64 {
+    let mut h = xxh64(&[u8::from(options.importance > 0.0)], model.identity);
+    if options.recent > 0 {
+        h = xxh64(&(options.recent as u64).to_le_bytes(), h);
+    }
     for (il, group_size) in pass {
         h = xxh64(format!("{il} {group_size} {} {:?}", sample(windows), shapes[il]).as_bytes(), h);
     }

@@ -11,6 +11,9 @@
 //! both summed over the query heads that read the KV head. Sliding windows, caps of the scores, sinks and ALiBi are taken as the
 //! layer has them; the scale alone is left out of M_k, because it is the same for all that M_k compares.
 //!
+//! The last tokens before a query are read in f16 (`palu_recent()`), so an error of their rows costs next to nothing: their p_s is
+//! taken times [`RECENT`]. What is left is read from afar, by other heads and for other reasons.
+//!
 //! The same sums say which cells matter: a token that nothing attends to may be stored badly. So each cell's part is handed on
 //! as its importance, which the tokens' covariance is weighted with.
 
@@ -21,6 +24,9 @@ use faer::Mat;
 pub const QUERIES_PER_WINDOW: usize = 32;
 /// Cells whose effect on the output is less than this part of a query's largest are left out.
 const NEGLIGIBLE: f32 = 0.01;
+/// What remains of the weight of a cell that is read in f16: enough to tell channels apart where there are no other cells, and because
+/// after a removal or a shift some of these are read from their rows.
+const RECENT: f32 = 0.05;
 /// Rows per product.
 const ROWS: usize = 1024;
 
@@ -46,8 +52,9 @@ impl HeadWeights {
     }
 
     /// Adds a window's queries of KV head `g`; returns what each cell's errors cost these queries. `output`: per query
-    /// head of the layer, a square root of WᵀW, `[head_dim_v][head_dim_v]`.
-    pub fn add(&mut self, g: usize, shape: &LayerShape, rope: &RopeTable, window: &Window, output: &[Vec<f32>]) -> Importance {
+    /// head of the layer, a square root of WᵀW, `[head_dim_v][head_dim_v]`. `n_recent`: cells that are read in f16, the query's
+    /// own among them.
+    pub fn add(&mut self, g: usize, shape: &LayerShape, rope: &RopeTable, window: &Window, output: &[Vec<f32>], n_recent: usize) -> Importance {
         let (dk, dv, n_rep) = (shape.head_dim_k, shape.head_dim_v, shape.n_head / shape.n_head_kv);
         let n_token = (window.keys.len() / shape.n_head_kv / dk).min(window.values.len() / shape.n_head_kv / dv);
         let scoring = &shape.scoring;
@@ -86,6 +93,8 @@ impl HeadWeights {
                     *p /= total;
                     mean.iter_mut().zip(y).for_each(|(m, y)| *m += *p * y);
                 }
+                let n_far = p.len().saturating_sub(n_recent);
+                p[n_far..].iter_mut().for_each(|p| *p *= RECENT);
                 self.concentration[rep] += p.iter().map(|&p| f64::from(p * p)).sum::<f64>();
                 let length = dot(q, q);
                 for (s, (p, y)) in p.iter_mut().zip(y.chunks_exact(dv)).enumerate() {
@@ -268,7 +277,7 @@ mod tests {
         let (_, table) = tap.layer(0);
         for g in 0..2 {
             let mut weights = HeadWeights::new(shape);
-            let importance = weights.add(g, shape, &table, &window, &vec![identity.clone(); 4]);
+            let importance = weights.add(g, shape, &table, &window, &vec![identity.clone(); 4], 0);
             let mut random = Random(8);
             let error: Vec<f32> = (0..10).map(|_| 1e-3 * (random.uniform() as f32 - 0.5)).collect();
             let (mut key, mut value) = (0.0, 0.0);
@@ -287,6 +296,18 @@ mod tests {
                     }
                 }
             }
+            // with all cells in f16 but those further than 3 away, only these count
+            let mut far = HeadWeights::new(shape);
+            let part = far.add(g, shape, &table, &window, &vec![identity.clone(); 4], 4);
+            let sum = |w: &Importance, side: usize, near: bool| {
+                let is_near = |s: usize| window.positions.iter().any(|&t| s <= t && t < s + 4);
+                w[side].iter().enumerate().filter(|(s, _)| is_near(*s) == near).map(|(_, &w)| f64::from(w)).sum::<f64>()
+            };
+            for side in 0..2 {
+                assert_eq!(sum(&part, side, false), sum(&importance, side, false));
+                assert!(sum(&part, side, true) < 0.9 * sum(&importance, side, true));
+            }
+            assert!(far.concentration().iter().zip(weights.concentration()).all(|(f, w)| *f > 0.0 && *f < w));
             // the scale of the scores is left out of the metric
             let m = weights.key();
             let e = |i: usize| f64::from(error[i]);
