@@ -138,6 +138,7 @@ typedef struct palu_cuda_rebuild {
 } palu_cuda_rebuild;
 
 #define PALU_CUDA_RECENT_MAX 256
+#define PALU_CUDA_RECENT_CELLS 16 // staged at a time
 
 // palu_recent_params of include/palu.h; [2]: keys, values. head_dim_k and head_dim_v are even.
 typedef struct palu_cuda_recent {
@@ -159,7 +160,7 @@ typedef struct palu_cuda_recent {
     int32_t         n_stream;
     int32_t         n_slot;
     int32_t         n_recent;      // with out at most PALU_CUDA_RECENT_MAX
-    int32_t         tokens_per_block; // with out all of them: a slot may be overwritten when all queries of its stream are done
+    int32_t         store;         // 1: the token goes to its slot; with out only for one token, as a slot may be overwritten when all queries are done
     float           scale;
     float           softcap;
     float           max_bias;
@@ -202,7 +203,7 @@ typedef struct palu_cuda_append {
 //   palu_combine (palu_cuda_attn)   after any decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 1024 threads,
 //                                   dynamic shared memory 4*(max(4096, rank_stride + 32) + rank_stride + 32 + n_chunk) bytes
 
-//   palu_recent  (palu_cuda_recent) grid (n_head_kv, n_stream, ceil(n_token/tokens_per_block)), 256 threads
+//   palu_recent  (palu_cuda_recent) grid (n_head_kv, n_stream, n_token), 256 threads, dynamic shared memory palu_cuda_recent_smem()
 //   palu_append  (palu_cuda_append) grid (n_out - n_kv, n_stream), 256 threads
 //   palu_rebuild_{keys,values}_{128,64,32}(palu_cuda_rebuild)  so many cells per block, 256 threads; side.dec_half must be set
 //   palu_rebuild_sm90_{keys,values}_{128,64}                   the same on sm_90a
@@ -228,7 +229,7 @@ int palu_cuda_plan_store  (const palu_cuda_device * dev, palu_cuda_store   * p, 
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);
 int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]);
 
-int palu_cuda_plan_recent (palu_cuda_recent * p, palu_cuda_launch out[1]);
+int palu_cuda_plan_recent (const palu_cuda_recent * p, palu_cuda_launch out[1]);
 int palu_cuda_plan_append (const palu_cuda_append * p, palu_cuda_launch out[1]);
 
 // 1 if attention of this shape is to read the rows, 0 if they are to be rebuilt first.
@@ -249,6 +250,16 @@ size_t palu_cuda_partial_size(const palu_cuda_attn  * p);
 static inline int32_t palu_cuda_key_channel(int32_t c) { return (c & ~31) | (c >> 2 & 1) << 4 | (c >> 3 & 3) << 2 | (c & 3); }
 
 static inline int32_t palu_cuda_max32(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// Floats of a staged head of a cell, 16 modulo 32 where it can be: two cells then lie in different banks.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+static inline int32_t palu_cuda_recent_stride(int32_t head_dim) { return head_dim + (head_dim%32 == 0 ? 16 : 0); }
+
+static inline size_t palu_cuda_recent_smem(const palu_cuda_recent * p) {
+    return 4*((size_t) PALU_CUDA_RECENT_CELLS*(palu_cuda_recent_stride(p->head_dim_k) + palu_cuda_recent_stride(p->head_dim_v)) + 8*(size_t) p->head_dim_v);
+}
 
 #ifdef __CUDACC__
 __host__ __device__

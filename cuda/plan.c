@@ -317,12 +317,11 @@ size_t palu_cuda_partial_size(const palu_cuda_attn * p) {
     return (size_t) p->n_stream*p->n_token*p->n_head*p->n_chunk*(4 + p->rank_stride);
 }
 
-int palu_cuda_plan_recent(palu_cuda_recent * p, palu_cuda_launch out[1]) {
-    if (p->head_dim_k%2 || p->head_dim_v%2 || (p->out && p->n_recent > PALU_CUDA_RECENT_MAX)) {
+int palu_cuda_plan_recent(const palu_cuda_recent * p, palu_cuda_launch out[1]) {
+    if (p->head_dim_k%2 || p->head_dim_v%2 || (p->out && p->n_recent > PALU_CUDA_RECENT_MAX) || (p->out && p->store && p->n_token > 1)) {
         return -1;
     }
-    p->tokens_per_block = p->out ? palu_cuda_max32(p->n_token, 1) : 1;
-    out[0] = (palu_cuda_launch) { "palu_recent", { p->n_head_kv, p->n_stream, ceil_div(p->n_token, p->tokens_per_block) }, 256, 0 };
+    out[0] = (palu_cuda_launch) { "palu_recent", { p->n_head_kv, p->n_stream, p->n_token }, 256, p->out ? palu_cuda_recent_smem(p) : 0 };
     return 0;
 }
 

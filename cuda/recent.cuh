@@ -20,102 +20,142 @@ struct recent_cell {
     __device__ float2 load(int d) const { return slot ? __half22float2(slot[d/2]) : make_float2(cur[d], cur[d + 1]); }
 };
 
-// A block per KV head, stream and palu_cuda_recent.tokens_per_block tokens: first a warp per query, then the tokens that go to slots.
+// A block per KV head, stream and token. Cells are staged CELLS at a time, so that all loads of a stage are in flight together; then a
+// warp per query. Storing needs the queries of all tokens to be done: with more than one token it is a launch of its own.
 extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_constant__ palu_cuda_recent p) {
     grid_next();
-    __shared__ float all_scores[8][PALU_CUDA_RECENT_MAX];
+    constexpr int CELLS = PALU_CUDA_RECENT_CELLS;
+    extern __shared__ __align__(16) uint8_t smem[];
+    __shared__ int indices[PALU_CUDA_RECENT_MAX];
+    __shared__ float weights[8][CELLS];
     const int kv = blockIdx.x;
     const int stream = blockIdx.y;
-    const int token0 = blockIdx.z*p.tokens_per_block;
-    const int token1 = min(token0 + p.tokens_per_block, p.n_token);
-    const int warp = threadIdx.x/32;
-    const int lane = threadIdx.x%32;
+    const int token = blockIdx.z;
+    const int tid = threadIdx.x;
+    const int warp = tid/32;
+    const int lane = tid%32;
     const int rep = p.n_head/p.n_head_kv;
-    const int32_t * idxs = p.idxs + (int64_t) stream*p.n_token*(p.n_recent + 1);
-    float * scores = all_scores[warp];
+    const int dk = p.head_dim_k;
+    const int dv = p.head_dim_v;
+    const int k_stride = palu_cuda_recent_stride(dk);
+    const int v_stride = palu_cuda_recent_stride(dv);
+    float * keys = (float *) smem;                // [CELLS][k_stride]
+    float * values = keys + CELLS*k_stride;       // [CELLS][v_stride]
+    float * sums = values + CELLS*v_stride;       // [8][dv], a warp's sums of values
+    const int32_t * idx = p.idxs + ((int64_t) stream*p.n_token + token)*(p.n_recent + 1);
     grid_wait();
 
-    for (int r = token0*rep + warp; p.out && r < token1*rep; r += 8) {
-        const int token = r/rep;
-        const int head = kv*rep + r%rep;
-        const int32_t * idx = idxs + token*(p.n_recent + 1);
-        const float * q = (const float *)((const char *) p.q + stream*p.q_nb_stream + token*p.q_nb_token + head*p.q_nb_head);
-        const float slope = alibi_slope(p.max_bias, p.n_head, head);
-
-        // eight lanes per cell
-        float top = -INFINITY;
-        for (int j0 = 0; j0 < p.n_recent; j0 += 4) {
-            const int j = j0 + lane/8;
-            const int index = j < p.n_recent ? idx[j] : -1;
-            float x = 0.0f;
-            if (index >= 0) {
-                const recent_cell cell(p, 0, stream, index, kv);
-#pragma unroll 4
-                for (int d = lane%8*2; d < p.head_dim_k; d += 16) {
-                    const float2 k = cell.load(d);
-                    x = fmaf(q[d], k.x, fmaf(q[d + 1], k.y, x));
-                }
-            }
-            x += __shfl_xor_sync(0xffffffff, x, 1);
-            x += __shfl_xor_sync(0xffffffff, x, 2);
-            x += __shfl_xor_sync(0xffffffff, x, 4);
-            x *= p.scale;
-            if (p.softcap != 0.0f) {
-                x = p.softcap*tanhf(x/p.softcap);
-            }
-            if (p.max_bias > 0.0f) {
-                x -= slope*j;
-            }
-            x = index >= 0 ? x : -INFINITY;
-            top = fmaxf(top, x);
-            if (lane%8 == 0 && j < p.n_recent) {
-                scores[j] = x;
-            }
-        }
-        top = warp_max(top);
-        __syncwarp();
-        float sum = 0.0f;
-        for (int j = lane; j < p.n_recent; j += 32) {
-            const float x = scores[j];
-            const float w = x == -INFINITY ? 0.0f : expf(x - top); // not-a-number stays
-            scores[j] = w;
-            sum += w;
-        }
-        sum = warp_sum(sum);
-        __syncwarp();
-        float * out = p.out + (((int64_t) stream*p.n_token + token)*p.n_head + head)*(4 + p.head_dim_v);
-        if (lane < 4) {
-            out[lane] = lane == 0 ? top : lane == 1 ? sum : 0.0f;
-        }
-        for (int d = lane*2; d < p.head_dim_v; d += 64) {
-            float2 y = make_float2(0.0f, 0.0f);
-#pragma unroll 4
-            for (int j = 0; j < p.n_recent; j++) {
-                const int index = idx[j];
-                if (index >= 0) {
-                    const float2 v = recent_cell(p, 1, stream, index, kv).load(d);
-                    y.x = fmaf(scores[j], v.x, y.x);
-                    y.y = fmaf(scores[j], v.y, y.y);
-                }
-            }
-            out[4 + d] = y.x;
-            out[5 + d] = y.y;
-        }
-        __syncwarp(); // before the scores are written again
+    const int slot = p.store ? idx[p.n_recent] : -1;
+    const recent_cell own_k(p, 0, stream, p.n_slot + token, kv);
+    const recent_cell own_v(p, 1, stream, p.n_slot + token, kv);
+    float2 own[2] = {}; // of this thread's first dimensions
+    if (slot >= 0) {
+        own[0] = tid*2 < dk ? own_k.load(tid*2) : own[0];
+        own[1] = tid*2 < dv ? own_v.load(tid*2) : own[1];
     }
-
-    __syncthreads();
-    for (int token = token0; token < token1; token++) {
-        const int slot = idxs[token*(p.n_recent + 1) + p.n_recent];
-        if (slot < 0) {
-            continue;
+    if (p.out) {
+        for (int j = tid; j < p.n_recent; j += 256) {
+            indices[j] = idx[j];
         }
+        for (int r0 = 0; r0 < rep; r0 += 8) {
+            const int r = r0 + warp;
+            const int head = kv*rep + min(r, rep - 1);
+            const float * q = (const float *)((const char *) p.q + stream*p.q_nb_stream + token*p.q_nb_token + head*p.q_nb_head);
+            const float slope = alibi_slope(p.max_bias, p.n_head, head);
+            if (lane*32 < dk) {
+                asm volatile("prefetch.global.L1 [%0];" :: "l"(q + lane*32)); // while cells are on their way
+            }
+            float * y = sums + warp*dv;
+            for (int d = lane; d < dv; d += 32) {
+                y[d] = 0.0f;
+            }
+            float top = -INFINITY;
+            float sum = 0.0f;
+            for (int j0 = 0; j0 < p.n_recent; j0 += CELLS) {
+                __syncthreads(); // indices are there, and everybody is done with the stage before
+                const int n = min(CELLS, p.n_recent - j0);
+                for (int i = tid; i < n*dk/2; i += 256) {
+                    const int c = i/(dk/2);
+                    const int d = i%(dk/2)*2;
+                    const int index = indices[j0 + c];
+                    *(float2 *)(keys + c*k_stride + d) = index >= 0 ? recent_cell(p, 0, stream, index, kv).load(d) : make_float2(0.0f, 0.0f);
+                }
+                for (int i = tid; i < n*dv/2; i += 256) {
+                    const int c = i/(dv/2);
+                    const int d = i%(dv/2)*2;
+                    const int index = indices[j0 + c];
+                    *(float2 *)(values + c*v_stride + d) = index >= 0 ? recent_cell(p, 1, stream, index, kv).load(d) : make_float2(0.0f, 0.0f);
+                }
+                __syncthreads();
+                // eight lanes per cell; lane c keeps the score of cell c
+                float mine = -INFINITY;
+#pragma unroll
+                for (int c0 = 0; c0 < CELLS; c0 += 4) {
+                    const int c = c0 + lane/8;
+                    float x = 0.0f;
+                    if (c < n) {
+#pragma unroll 4
+                        for (int d = lane%8*2; d < dk; d += 16) {
+                            const float2 k = *(const float2 *)(keys + c*k_stride + d);
+                            x = fmaf(q[d], k.x, fmaf(q[d + 1], k.y, x));
+                        }
+                    }
+                    x += __shfl_xor_sync(0xffffffff, x, 1);
+                    x += __shfl_xor_sync(0xffffffff, x, 2);
+                    x += __shfl_xor_sync(0xffffffff, x, 4);
+                    const float other = __shfl_sync(0xffffffff, x, lane%4*8);
+                    mine = lane/4 == c0/4 ? other : mine;
+                }
+                mine *= p.scale;
+                if (p.softcap != 0.0f) {
+                    mine = p.softcap*tanhf(mine/p.softcap);
+                }
+                if (p.max_bias > 0.0f) {
+                    mine -= slope*(j0 + lane);
+                }
+                mine = lane < n && indices[j0 + lane] >= 0 ? mine : -INFINITY;
+                const float before = top;
+                top = fmaxf(top, warp_max(mine));
+                const float shrink = before == -INFINITY ? 0.0f : expf(before - top);
+                const float w = mine == -INFINITY ? 0.0f : expf(mine - top); // not-a-number stays
+                sum = sum*shrink + warp_sum(w);
+                if (lane < CELLS) {
+                    weights[warp][lane] = w;
+                }
+                __syncwarp();
+                for (int d = lane*2; d < dv; d += 64) {
+                    float2 a = make_float2(y[d]*shrink, y[d + 1]*shrink);
+#pragma unroll
+                    for (int c = 0; c < CELLS; c++) {
+                        const float2 v = c < n ? *(const float2 *)(values + c*v_stride + d) : make_float2(0.0f, 0.0f);
+                        const float wc = weights[warp][c];
+                        a.x = fmaf(wc, v.x, a.x);
+                        a.y = fmaf(wc, v.y, a.y);
+                    }
+                    y[d] = a.x;
+                    y[d + 1] = a.y;
+                }
+                __syncwarp();
+            }
+            if (r < rep) {
+                float * out = p.out + (((int64_t) stream*p.n_token + token)*p.n_head + head)*(4 + dv);
+                if (lane < 4) {
+                    out[lane] = lane == 0 ? top : lane == 1 ? sum : 0.0f;
+                }
+                __syncwarp();
+                for (int d = lane; d < dv; d += 32) {
+                    out[4 + d] = y[d];
+                }
+            }
+        }
+        __syncthreads(); // what is overwritten was read
+    }
+    if (slot >= 0) {
         for (int side = 0; side < 2; side++) {
-            const int hd = side ? p.head_dim_v : p.head_dim_k;
-            const recent_cell cell(p, side, stream, p.n_slot + token, kv);
+            const int hd = side ? dv : dk;
             __half2 * to = (__half2 *)(p.slots[side] + (((int64_t) stream*p.n_slot + slot)*p.n_head_kv + kv)*hd);
-            for (int d = threadIdx.x*2; d < hd; d += 512) {
-                const float2 x = cell.load(d);
+            for (int d = tid*2; d < hd; d += 512) {
+                const float2 x = d == tid*2 ? own[side] : (side ? own_v : own_k).load(d);
                 to[d/2] = __floats2half2_rn(x.x, x.y);
             }
         }

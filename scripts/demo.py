@@ -20,7 +20,8 @@ PALU = ROOT / "target" / "release" / "palu"
 MODEL, CALIBRATION, TEXT = DATA / "wiki-mha-17m-q8_0.gguf", DATA / "calibration.wiki.txt", DATA / "wiki.test.raw"
 PROJECTION, BASE = OUT / "wiki-mha-17m.palu.gguf", OUT / "f16.kld"
 THREADS = str(len(os.sched_getaffinity(0)))
-BUDGETS = [2.25, 1.6]  # bits per value: 14.1% and 10% of f16
+N_CTX, RECENT = 2048, 16  # tokens of a context, and those of them that are kept in f16 beside the rows
+BUDGETS = [b - 16 * RECENT / N_CTX for b in (2.25, 1.6)]  # bits per value of rows: 14.1% and 10% of f16 in all
 DEPTH = 1536
 
 
@@ -64,7 +65,7 @@ def number(pattern, text):
 
 
 def perplexity(args, what):
-    common = [BIN / "llama-perplexity", "-m", MODEL, "-f", TEXT, "-c", "2048", "--chunks", "16", "-t", THREADS, "-fa", "on"]
+    common = [BIN / "llama-perplexity", "-m", MODEL, "-f", TEXT, "-c", N_CTX, "--chunks", "16", "-t", THREADS, "-fa", "on"]
     if not BASE.exists():
         partial = BASE.with_suffix(".partial")
         run([*common, "--kl-divergence-base", partial], "f16 reference logits")
@@ -115,8 +116,8 @@ def main():
     caches = [("f16", f16, [])]
     caches += [(t, f16 * block / 64, ["-ctk", t, "-ctv", t]) for t, block in (("q8_0", 34), ("q4_0", 18))]
     for bits in BUDGETS:
-        size = inspect(bits)["bytes_per_token"]
-        caches.append((f"palu {bits:g}", size, ["--palu", str(PROJECTION), "--palu-bits", f"{bits:g}"]))
+        size = inspect(bits)["bytes_per_token"] + f16 * RECENT / N_CTX
+        caches.append((f"palu {bits:g}", size, ["--palu", str(PROJECTION), "--palu-bits", f"{bits:g}", "--palu-recent", str(RECENT)]))
 
     tools = digest(BIN / "llama-perplexity", BIN / "llama-bench", PROJECTION)
     rows = []
@@ -125,6 +126,7 @@ def main():
         fast = cached(f"speed-{digest(tools, THREADS, *args)}", lambda: speed(args, name))
         rows.append([name, f"{size:.0f}", f"{100 * size / f16:.1f}%", f"{quality['ppl']:.3f}", f"{abs(quality['kld']):.5f}",
                      f"{quality['kld999']:.4f}", f"{fast['prefill']:.0f}", f"{fast['decode'][0]:.0f}", f"{fast['decode'][1]:.0f}"])
+    # the last tokens' share is that of a context of N_CTX
     head = ["cache", "bytes/token", "of f16", "PPL", "mean KLD", "99.9% KLD", "prefill tok/s", "decode @0", f"decode @{DEPTH}"]
     print(f"\n{MODEL.name}: WikiText-2 test, -c 2048, 16 chunks; llama-bench with {THREADS} threads\n")
     table(head, rows)

@@ -31,18 +31,23 @@ N_CPU = int(os.environ.get("PALU_THREADS", len(os.sched_getaffinity(0))))
 STOCK = {"q8_0": 53.1, "q5_0": 34.4, "q4_0": 28.1}  # percent of f16's bytes
 WEIGHT_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_K", "Q2_K", "IQ4_XS"]
 OURS = "--bits-per-value 2.25"
-# what the tables of parts vary: most of these rows were measured when this was the default
+# what the tables of parts vary: rows alone, so that parts show as they are
 PARTS = f"{OURS} --concentration 1"
+N_CTX, RECENT = 2048, 16
 
 
 class Row:
     """One line of a table: a model, how its projection is made (or a stock cache type), at which budget it is used. `ablation`: what
-    examples/ablations.rs makes of the cache."""
+    examples/ablations.rs makes of the cache. `recent`: how many of the last tokens are read in f16; `told`: whether the converter
+    knows it."""
 
-    def __init__(self, section, label, model, options=PARTS, text="wiki", stock=None, bits=None, ablation=None):
+    def __init__(self, section, label, model, options=PARTS, text="wiki", stock=None, bits=None, ablation=None, recent=0, told=True):
         self.section, self.label, self.model, self.options = section, label, model, options
         self.text, self.stock, self.bits, self.ablation = text, stock, bits, ablation
+        self.recent, self.told = recent, recent if told else 0
         self.key = " | ".join(str(x) for x in (model, stock or f"{options} of {text}", bits or "own"))
+        if recent:
+            self.key += f" | recent {recent}" + ("" if told else ", not told")
         if ablation is not None:
             self.key += f" | {ablation or 'as it is'}"
 
@@ -59,6 +64,11 @@ ABLATIONS = {
 }
 
 
+def rows_bits(bits, recent=RECENT):
+    """What is left for rows of so many bits per value when the last tokens of a context are in f16."""
+    return bits - 16 * recent / N_CTX
+
+
 def rows(have_gqa):
     out = []
     models = ["mha-17m"] + (["gqa-16m"] if have_gqa else [])
@@ -66,8 +76,10 @@ def rows(have_gqa):
         add = lambda section, label, options=PARTS, m=m, **more: out.append(Row(section, label, m, options, **more))
         for t in STOCK:
             add("caches", f"llama.cpp {t}, rotated", stock=t)
-        for b in (3.0, 2.7, 2.25, 1.9, 1.6):
-            add("caches", f"ours, made for {b:g} bits", f"--bits-per-value {b:g}")
+        for b in (4.5, 3.0, 2.7, 2.25, 1.9, 1.6):
+            add("caches", f"ours, {rows_bits(b):g} bits and {RECENT} tokens in f16", f"--bits-per-value {rows_bits(b):g}", recent=RECENT)
+        for b in (2.25, 1.6):
+            add("caches", f"ours, {b:g} bits, rows alone", f"--bits-per-value {b:g}")
         for keep, bits in ((0.7, 4), (0.7, 3), (0.5, 4), (0.5, 3)):
             add("caches", f"Palu as published: G-LRD, Fisher, keep {keep}, {bits} bits", f"--preset palu --keep {keep} --bits {bits}")
         for label, more in (("M-LRD", "--group-size 1"), ("J-LRD", "--group-size all"), ("G-LRD, uniform ranks", "--rank-search uniform"),
@@ -75,6 +87,14 @@ def rows(have_gqa):
             add("published", f"{label}, keep 0.7, 4 bits", f"--preset palu --keep 0.7 --bits 4 {more}")
         for metric in ("attention", "query", "none"):
             add("metric", metric, PARTS + ("" if metric == "attention" else f" --metric {metric}"))
+        add("recent", "rows alone", OURS)
+        for n in (4, 8, 16, 32, 64):
+            add("recent", f"{n} tokens in f16", f"--bits-per-value {rows_bits(2.25, n):g}", recent=n)
+        add("recent", f"{RECENT} tokens in f16, the converter not told", f"--bits-per-value {rows_bits(2.25):g}", recent=RECENT, told=False)
+        for part in (1, 0.25, 0):
+            add("recent", f"{RECENT} tokens in f16, concentration {part:g}", f"--bits-per-value {rows_bits(2.25):g} --concentration {part:g}", recent=RECENT)
+        for text, label in (("mixed", "half Wikipedia, half C++"), ("code", "C++")):
+            add("recent", f"{RECENT} tokens in f16, calibrated on {label}", f"--bits-per-value {rows_bits(2.25):g}", text=text, recent=RECENT)
         for part in (1, 0.5, 0):
             add("concentration", f"Σp² to the power of {part:g}", PARTS if part == 1 else OURS + ("" if part == 0.5 else f" --concentration {part}"))
         for part in (0, 0.25, 0.5, 0.9):
@@ -113,13 +133,16 @@ def rows(have_gqa):
 
 
 # Sections in the order in which they are measured; after them the rows whose keys have one of the words, which take long.
-WORTH = ["caches", "concentration", "budgets", "exact", "mean", "hadamard", "segment", "alphabet", "tokens", "mix", "effort", "published", "importance",
+WORTH = ["caches", "recent", "concentration", "budgets", "exact", "mean", "hadamard", "segment", "alphabet", "tokens", "mix", "effort", "published", "importance",
          "metric", "group", "scales", "choice", "weights"]
 SLOW = ["524288", "thorough", "q5_0"]
 
 
 SECTIONS = {
-    "caches": ("Caches", "The projection files are each made for the budget that they are used at."),
+    "caches": ("Caches", "The projection files are each made for the budget that they are used at. Bytes are those of 2048 tokens, the last 16 in f16 included. "
+               "Palu as published, and all tables of parts, have rows alone."),
+    "recent": ("The last tokens in f16", "At 14.1% of f16 in all, for a context of 2048 tokens; a longer one leaves more to rows. `palu convert` weighs what is "
+               "read from rows; not told, it weighs all that attention reads. Concentration as in the table of that name."),
     "published": ("Palu as published, its other forms", "G-LRD shares a latent among up to four KV heads, as the paper recommends; J-LRD among all, M-LRD among none."),
     "metric": ("Metric", "What an error costs within a layer's keys or values: attention's own second moments (`src/convert/weigh.rs`), the queries and "
                "the output projection alone, or every channel the same."),
@@ -301,7 +324,7 @@ class Bench:
         return path
 
     def perplexity(self, model, text, n_chunk):
-        return [BIN / "llama-perplexity", "-m", self.model(model)[0], "-f", text, "-c", "2048", "--chunks", n_chunk, "-t", self.threads, "-fa", "on"]
+        return [BIN / "llama-perplexity", "-m", self.model(model)[0], "-f", text, "-c", N_CTX, "--chunks", n_chunk, "-t", self.threads, "-fa", "on"]
 
     def base(self, model, text, n_chunk):
         """The logits of the f16 cache, which take some 16 MB a chunk."""
@@ -327,13 +350,15 @@ class Bench:
 
     def convert(self, row, options, output, statistics):
         self.run([PALU, "convert", self.model(row.model)[0], "--calibration", self.text(row.text), "--output", output, "--threads", self.threads,
-                  "--statistics", statistics, *options])
+                  "--statistics", statistics, "--recent", row.told, *options])
 
     def statistics(self, row):
         """Path, and the step that collects them: a conversion that measures nothing."""
         shared = [f"--{name} {value}" for name, value in re.findall(r"--(importance|tokens|probe-tokens) (\S+)", row.options)]
         # how much importance weighs is decided later
         name = "".join("-attended" if s.startswith("--importance") else "-" + s.split()[1] + "probe" * ("probe" in s) for s in shared)
+        if row.told:
+            name += f"-recent{row.told}"
         path = OUT / f"{row.model}-{row.text}{name}.stats"
         options = [*OURS.split(), "--effort", "0,0,0,0,0", *" ".join(shared).split()]
 
@@ -345,7 +370,8 @@ class Bench:
         return path, self.file(path, collect, [self.model(row.model)[1]])
 
     def projection(self, row):
-        path = OUT / (re.sub(r"[^A-Za-z0-9.]+", "_", f"{row.model} {row.options} {row.text}") + ".palu")
+        told = f" recent {row.told}" if row.told else ""
+        path = OUT / (re.sub(r"[^A-Za-z0-9.]+", "_", f"{row.model} {row.options} {row.text}{told}") + ".palu")
         statistics, collected = self.statistics(row)
         return path, self.file(path, lambda p: self.convert(row, row.options.split(), p, statistics), [collected])
 
@@ -366,8 +392,8 @@ class Bench:
                 result["percent"] = STOCK[row.stock]
             else:
                 inspect = json.loads(self.run([PALU, "inspect", projection, "--json", *(["--bits", row.bits] if row.bits else [])]))
-                result["percent"] = inspect["percent_of_f16"]
-                options = ["--palu", projection, *(["--palu-bits", row.bits] if row.bits else [])]
+                result["percent"] = inspect["percent_of_f16"] + 100 * row.recent / N_CTX
+                options = ["--palu", projection, "--palu-recent", row.recent, *(["--palu-bits", row.bits] if row.bits else [])]
             result["test"] = self.divergence(row.model, TEST, 16, options, row.ablation)
             result["other"] = self.divergence(row.model, other, 4, options, row.ablation)
             result["percent"] = result["test"].get("percent", result["percent"])

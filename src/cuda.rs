@@ -161,7 +161,7 @@ mod abi {
         pub n_stream: i32,
         pub n_slot: i32,
         pub n_recent: i32,
-        pub tokens_per_block: i32,
+        pub store: i32,
         pub scale: f32,
         pub softcap: f32,
         pub max_bias: f32,
@@ -225,7 +225,7 @@ mod abi {
             groups_v: *const Group,
             out: *mut Launch,
         ) -> i32;
-        pub fn palu_cuda_plan_recent(p: *mut Recent, out: *mut Launch) -> i32;
+        pub fn palu_cuda_plan_recent(p: *const Recent, out: *mut Launch) -> i32;
         pub fn palu_cuda_plan_append(p: *const Append, out: *mut Launch) -> i32;
         pub fn palu_cuda_tile_keys(
             side: *const Side,
@@ -778,17 +778,23 @@ impl CudaLayer {
             n_stream: int(p.n_stream)?,
             n_slot: int(p.n_slot)?,
             n_recent: int(p.n_recent)?,
-            tokens_per_block: 0,
+            store: 0,
             scale: p.scale,
             softcap: p.softcap,
             max_bias: p.max_bias,
         };
-        let mut launch = Launch::NONE;
-        // SAFETY: plain data
-        let status = unsafe { palu_cuda_plan_recent(&mut p, &mut launch) };
-        ensure!(status == 0, "{} recent tokens with heads of {} and {} dimensions are too many, or these are odd", p.n_recent, p.head_dim[0], p.head_dim[1]);
-        // SAFETY: the caller's promise
-        unsafe { self.device.launch(&launch, &mut p, stream) }
+        // a slot may be overwritten when the queries of all tokens are done
+        let steps = if p.out.is_null() || p.n_token == 1 { &[(p.out, 1)][..] } else { &[(p.out, 0), (std::ptr::null_mut(), 1)] };
+        for &(out, store) in steps {
+            (p.out, p.store) = (out, store);
+            let mut launch = Launch::NONE;
+            // SAFETY: plain data
+            let status = unsafe { palu_cuda_plan_recent(&p, &mut launch) };
+            ensure!(status == 0, "{} recent tokens with heads of {} and {} dimensions are too many, or these are odd", p.n_recent, p.head_dim[0], p.head_dim[1]);
+            // SAFETY: the caller's promise
+            unsafe { self.device.launch(&launch, &mut p, stream) }?;
+        }
+        Ok(())
     }
 
     fn attn_shape(&self, [n_head, n_token, n_stream, n_kv]: [usize; 4]) -> Result<abi::Attn> {
