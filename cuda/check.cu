@@ -1,7 +1,8 @@
 // check.cu - checks the kernels against a CPU implementation in double precision, and times them.
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -pthread -o check check.cu
-//   ./check [check|bench|all|table [NAME [CELLS]]]      PALU_CHAINED=0: without programmatic dependent launch
+//   ./check [check|bench|all|table [NAME [CELLS]]]      PALU_CHAINED=0: without programmatic dependent launch;
+//                                                      PALU_PLAIN=1: without decode_sm90_cheb
 //
 // NAME picks the cases whose name has it, CELLS how many are timed. Prints one line per case and exits with 1 if any is wrong. Inputs are
 // random; outputs and scratch are poisoned with not-a-number before each run, and cells that no query sees hold rows of
@@ -270,16 +271,18 @@ static Case with_rows(Case c, const char * name, int rank_k, int rank_v, int b0_
 
 static palu_cuda_device device = { 90, 132, 232448 };
 static bool chained = true; // programmatic dependent launch
+static bool plain = false;  // without decode_sm90_cheb
 
 // The kernels by name, as the library finds them in the fatbin.
 struct Named { const char * name; const void * f; };
 #define NAMED(F) { #F, (const void *) F },
 #define SM90(HD, HS, KS, UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN##_scaled)
 #define WIDE(KS) NAMED(palu_decode_sm90_wide_##KS) NAMED(palu_decode_sm90_wide_##KS##_scaled)
+#define CHEB(GF, NS) NAMED(palu_decode_sm90_cheb_##GF##_##NS)
 static const Named kernels[] = {
     PALU_STORE_KERNELS(NAMED) PALU_REBUILD_KERNELS(NAMED)
     PALU_MMA_KERNELS(NAMED) NAMED(palu_decode) NAMED(palu_combine) PALU_CUDA_SM90_KERNELS(SM90)
-    PALU_CUDA_WIDE_KERNELS(WIDE)
+    PALU_CUDA_WIDE_KERNELS(WIDE) PALU_CUDA_CHEB_KERNELS(CHEB)
 };
 
 template <typename P> static void launch(const palu_cuda_launch & l, P p, cudaStream_t stream = 0) {
@@ -335,6 +338,7 @@ static Problem make_problem(const Case & c, bool rows = true) {
     p.rope.pair_dim = upload(x.rope.pair_dim);
     p.rope.turn = upload(x.rope.turn);
     p.rope.mag = upload(x.rope.mag);
+    p.rope.n_fast = plain ? c.hd_k/2 : palu_cuda_fast_pairs(x.rope.turn.data(), c.hd_k/2);
     x.q.resize((size_t) c.n_stream*c.n_token*c.n_head*c.hd_k);
     for (float & f : x.q) {
         f = 1.5f*gauss();
@@ -718,6 +722,7 @@ int main(int argc, char ** argv) {
     only = argc > 2 ? argv[2] : nullptr;
     only_size = argc > 3 ? atoi(argv[3]) : 0;
     chained = !getenv("PALU_CHAINED") || atoi(getenv("PALU_CHAINED"));
+    plain = getenv("PALU_PLAIN") && atoi(getenv("PALU_PLAIN"));
     cudaDeviceProp prop;
     CHECK(cudaGetDeviceProperties(&prop, 0));
     device.arch = 10*prop.major + prop.minor;
@@ -728,6 +733,9 @@ int main(int argc, char ** argv) {
     const std::vector<Case> cases = {
         { "MHA 32x128, groups of 4, (1024, 3072)", 32, 32, 128, 128,  4, 4, {128}, {384}, 4, 2, 4, 2,  1, 1,  700, 128, 0, false, 0, false, 0, 0, 0, 16 },
         { "the same, positions in pieces, f16 mask, sinks", 32, 32, 128, 128,  4, 4, {128}, {384}, 4, 2, 4, 2,  1, 1,  701, 128, 0, false, 1, true, 0, 0, 1, 4 },
+        { "MHA 32x128, groups of 4, random positions, f32 mask, ALiBi, 2 streams", 32, 32, 128, 128,  4, 4, {104}, {336}, 5, 1, 7, 1,  1, 2,  450, 128, 0, false, 2, false, 0, 8, 2, 4 },
+        { "MHA 32x128, groups of 4, partial RoPE, all bits, softcap", 32, 32, 128, 128,  8, 4, {128, 0, 40, 8}, {384, 8, 0, 72}, 0, 0, 0, 0,  1, 1,  1111, 64, 32, true, 1, true, 30, 0, 1, 4 },
+        { "MHA 32x128, groups of 4, one cell", 32, 32, 128, 128,  4, 4, {128}, {384}, 4, 2, 4, 2,  1, 1,  1, 128, 0, false, 0, false, 0, 0, 0, 4 },
         { "MHA (2048, 2048), random positions, softcap", 32, 32, 128, 128,  4, 4, {256}, {256}, 6, 3, 6, 3,  1, 1,  640, 128, 0, false, 0, false, 20, 0, 2, 4 },
         { "GQA 32/8x128 joint, 448 and 600", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  900, 128, 0, false, 0, false, 0, 0, 0, 4 },
         { "the same, 2 tokens, 3 streams, f32 mask, ALiBi", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  2, 3,  200, 128, 0, false, 2, false, 0, 8, 1, 4 },

@@ -73,6 +73,11 @@ template <int N> static __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
 }
 
+// what this thread wrote to shared memory is seen by products and bulk copies
+static __device__ __forceinline__ void fence_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // d[64][64] (+)= a[64][32] b[64][32]; b in shared memory, 8x16-byte blocks without swizzle
 static __device__ __forceinline__ void wgmma_64(int (&d)[32], const uint32_t (&a)[4], uint64_t desc_b, int accumulate) {
     asm volatile(
@@ -102,7 +107,7 @@ static __device__ __forceinline__ float2 unpack_f16(uint32_t x) {
     return __half22float2(*(const __half2 *) &x);
 }
 
-// Copies a span of rows from global to shared memory with 128 threads, 16 bytes at a time: a row's span lands at the same
+// Copies a span of rows from global to shared memory with 128 or more threads, 16 bytes at a time: a row's span lands at the same
 // place modulo 16 as it has in global memory. Every thread copies one column of 16 bytes, from every step-th row.
 struct Stager {
     uint32_t row0;   // first row; >= rows: nothing to do
@@ -112,9 +117,9 @@ struct Stager {
     uint32_t row_bytes;
     uint32_t stride; // of a row in shared memory
 
-    __device__ __forceinline__ Stager(int tid, int span, int row_bytes, int stride) : span(span), row_bytes(row_bytes), stride(stride) {
+    __device__ __forceinline__ Stager(int tid, int span, int row_bytes, int stride, int threads = 128) : span(span), row_bytes(row_bytes), stride(stride) {
         const uint32_t n_unit = (span + 30)/16;
-        step = 128/n_unit;
+        step = threads/n_unit;
         row0 = tid/n_unit;
         unit16 = tid%n_unit*16;
         if (row0 >= step) {

@@ -27,9 +27,6 @@ static __device__ __forceinline__ void bulk_copy(uint32_t dst, const void * src,
 static __device__ __forceinline__ void bulk_prefetch(const void * src, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(src), "r"(bytes) : "memory");
 }
-static __device__ __forceinline__ void fence_async() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
 
 // By eight lanes: up to 64 rows to shared memory, eight rows each, announced at bar, where each of them arrives. Eight rows are
 // whole 16 bytes but for the last ones, and 16 bytes are left after them: then rows that are eight apart start in different banks.

@@ -65,6 +65,7 @@ typedef struct palu_cuda_rope {
     const int32_t  * pair_dim; // [head_dim/2][2]
     const uint64_t * turn;     // [head_dim/2] turns per position, modulo 1, times 2^64: the angle is exact for any position
     const float    * mag;      // [head_dim/2] magnitude (YaRN); 1 where not rotated
+    int32_t          n_fast;   // palu_cuda_fast_pairs(): the pairs from here on turn slowly
 } palu_cuda_rope;
 
 // palu_attn_params of include/palu.h with the layer's tables.
@@ -194,6 +195,10 @@ typedef struct palu_cuda_append {
 //   palu_decode_sm90_*(palu_cuda_attn) few query rows on sm_90a; grid (n_chunk, n_head_kv/heads_per_cta, n_stream),
 //                                   128*(palu_cuda_sm90_score() + palu_cuda_sm90_value()) threads,
 //                                   dynamic shared memory palu_cuda_sm90_smem()
+//   palu_decode_sm90_cheb_*(palu_cuda_attn) on sm_90a, one query row per KV head, heads of 128 dimensions in groups of a multiple of 4,
+//                                   at most 128 key and 384 value channels, at most 24 fast pairs (the name's first number times 8;
+//                                   its second: tiles); grid (n_chunk, n_head_kv/4, n_stream), 128*(tiles + 5) threads,
+//                                   dynamic shared memory palu_cuda_cheb_smem()
 //   palu_decode_sm90_wide_*(palu_cuda_attn) on sm_90a, where one group holds all KV heads and no head has more than 4 query rows;
 //                                   grid (n_chunk, n_head_kv/heads_per_cta, n_stream), 512 threads,
 //                                   dynamic shared memory palu_cuda_wide_smem()
@@ -240,6 +245,9 @@ int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * 
 // columns, 16 are 8 pairs' first dimensions, then their second ones. pair_dim: as in palu_cuda_rope. Only with planes = 1 and
 // head_dim a multiple of 64; else returns -1.
 int palu_cuda_tile_keys(const palu_cuda_side * side, const palu_cuda_group * groups, const int32_t * pair_dim, const int8_t * dec, int8_t * out);
+
+// For decode_sm90_cheb: pairs before the first from which on none turns by more than 2.6/64 radians per position.
+int32_t palu_cuda_fast_pairs(const uint64_t * turn, int32_t n_pair);
 
 // Scratch that a planned p needs: floats at palu_cuda_store.latent and at palu_cuda_attn.partial.
 size_t palu_cuda_latent_size (const palu_cuda_store * p);
@@ -328,6 +336,15 @@ static inline size_t palu_cuda_wide_smem(const palu_cuda_attn * p, int32_t k_ste
 
 // Kernels of decode_sm90_wide: X(key channels/32).
 #define PALU_CUDA_WIDE_KERNELS(X) X(8) X(11) X(14) X(16)
+
+// Bytes of shared memory of decode_sm90_cheb but for the staged rows, with so many blocks of eight fast pairs and so many tiles at a time.
+#define PALU_CUDA_CHEB_FIXED(fast, tiles) (131072 + 2*((8528 + 256*(fast)*(tiles) + 127)/128*128) + 640*(16 - 2*(fast)) + 2048*(fast) + 7168*(tiles) + 7520)
+static inline size_t palu_cuda_cheb_smem(const palu_cuda_attn * p, int32_t fast, int32_t tiles) {
+    return (size_t) PALU_CUDA_CHEB_FIXED(fast, tiles) + (size_t) tiles*64*p->k_stage_words*4 + (size_t) tiles*64*p->v_stage_words*4 + 64;
+}
+
+// Kernels of decode_sm90_cheb: X(fast pairs/8, tiles at a time).
+#define PALU_CUDA_CHEB_KERNELS(X) X(2, 2) X(3, 2)
 
 #ifdef __cplusplus
 }

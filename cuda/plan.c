@@ -188,6 +188,52 @@ static int plan_sm90(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
     return -1;
 }
 
+int32_t palu_cuda_fast_pairs(const uint64_t * turn, int32_t n_pair) {
+    const double most = 2.6/64/6.283185307179586*18446744073709551616.0;
+    int32_t n = n_pair;
+    for (; n > 0; n--) {
+        const double t = (double)(int64_t) turn[n - 1];
+        if (t > most || t < -most) {
+            break;
+        }
+    }
+    return n;
+}
+
+static const struct cheb_kernel {
+    int32_t fast, tiles; // as in the name
+    const char * name;
+} cheb_kernels[] = {
+#define X(GF, NS) { GF, NS, "palu_decode_sm90_cheb_" #GF "_" #NS },
+    PALU_CUDA_CHEB_KERNELS(X)
+#undef X
+};
+
+static int plan_cheb(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
+    const int32_t span_max = 241; // of which 64 threads copy four rows, 16 bytes each
+    if (dev->arch != 90 || p->k.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 || p->n_token != 1 ||
+        p->n_head != p->k.n_head_kv || p->k.group_size%4 || p->v.group_size%4 || p->k.rank_max > 128 || p->v.rank_max > 384 ||
+        p->k.row_span_max > span_max || p->v.row_span_max > span_max) {
+        return -1;
+    }
+    for (size_t i = 0; i < sizeof(cheb_kernels)/sizeof(cheb_kernels[0]); i++) {
+        const struct cheb_kernel * f = &cheb_kernels[i];
+        p->k_stage_words = palu_cuda_stage_words(&p->k);
+        p->v_stage_words = palu_cuda_stage_words(&p->v);
+        const size_t smem = palu_cuda_cheb_smem(p, f->fast, f->tiles);
+        if (f->fast*8 < p->rope.n_fast || smem > (size_t) dev->smem_optin) {
+            continue;
+        }
+        p->heads_per_cta = 4;
+        const int32_t blocks = p->k.n_head_kv/4;
+        split(p, dev->n_sm, (int64_t) blocks*p->n_stream);
+        p->chunk_tiles = ceil_div(p->chunk_tiles, f->tiles)*f->tiles; // a pass takes so many
+        p->n_chunk = ceil_div(ceil_div(p->n_kv, PALU_CUDA_TILE), p->chunk_tiles);
+        return set_launch(dev, out, f->name, p->n_chunk, blocks, p->n_stream, 128*(uint32_t)(f->tiles + 5), smem);
+    }
+    return -1;
+}
+
 static const struct wide_kernel {
     int32_t k_steps;
     const char * name;
@@ -297,7 +343,7 @@ int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, const 
         return -1;
     }
     p->rank_stride = (p->v.rank_max + 7)/8*8;
-    if (plan_wide(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
+    if (plan_wide(dev, p, &out[0]) && plan_cheb(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
         return -1;
     }
     return set_launch(dev, &out[1], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 1024,

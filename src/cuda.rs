@@ -64,10 +64,11 @@ mod abi {
         pub pair_dim: *const i32,
         pub turn: *const u64,
         pub mag: *const f32,
+        pub n_fast: i32,
     }
 
     impl Rope {
-        pub const NONE: Self = Self { pair_dim: null(), turn: null(), mag: null() };
+        pub const NONE: Self = Self { pair_dim: null(), turn: null(), mag: null(), n_fast: 0 };
     }
 
     #[repr(C)]
@@ -234,6 +235,7 @@ mod abi {
             dec: *const i8,
             out: *mut i8,
         ) -> i32;
+        pub fn palu_cuda_fast_pairs(turn: *const u64, n_pair: i32) -> i32;
         pub fn palu_cuda_plan_on_rows(dev: *const DeviceInfo, p: *const Attn) -> i32;
         pub fn palu_cuda_latent_size(p: *const Store) -> usize;
         pub fn palu_cuda_partial_size(p: *const Attn) -> usize;
@@ -573,7 +575,9 @@ fn rope_tables(tables: &mut Tables, pair_dim: &[i32], rope: &RopeParams) -> abi:
     let mut mag = vec![magnitude; turns.len()];
     turns.resize(pair_dim.len() / 2, 0);
     mag.resize(pair_dim.len() / 2, 1.0);
-    abi::Rope { pair_dim: tables.add(pair_dim), turn: tables.add(&turns), mag: tables.add(&mag) }
+    // SAFETY: as many as counted
+    let n_fast = unsafe { palu_cuda_fast_pairs(turns.as_ptr(), turns.len() as i32) };
+    abi::Rope { pair_dim: tables.add(pair_dim), turn: tables.add(&turns), mag: tables.add(&mag), n_fast }
 }
 
 /// `palu_cuda_layer`.
@@ -617,6 +621,7 @@ impl CudaLayer {
                 pair_dim: moved(rope.pair_dim, base),
                 turn: moved(rope.turn, base),
                 mag: moved(rope.mag, base),
+                n_fast: rope.n_fast,
             },
             trig_scale,
             device,
@@ -929,7 +934,7 @@ mod tests {
             offset_of!(abi::Side, step),
             offset_of!(abi::Side, planes),
             size_of::<abi::Rope>(),
-            offset_of!(abi::Rope, mag),
+            offset_of!(abi::Rope, n_fast),
             size_of::<Attn>(),
             offset_of!(Attn, rows_k),
             offset_of!(Attn, out),
