@@ -186,6 +186,26 @@ fn cases() -> Vec<Case> {
         // nothing kept in some groups
         Case { bits_k: vec![4], bits_v: vec![5, 3], group_k: 2, group_v: 2, ..small.clone() },
         Case { n_kv: 1500, bits_k: falling(60, 6, 2), bits_v: falling(90, 6, 2), ..Case::default() },
+        // one query row per head and few channels: slow pairs are interpolated
+        Case {
+            bits_k: falling(16, 4, 2),
+            bits_v: falling(48, 4, 2),
+            rope: rope(RopeKind::Neox, 128),
+            n_kv: 1000,
+            far: true,
+            ..mha.clone()
+        },
+        Case {
+            bits_k: falling(13, 5, 1),
+            bits_v: falling(41, 7, 1),
+            rope: rope(RopeKind::Norm, 64),
+            n_stream: 2,
+            n_kv: 777,
+            mask_f16: false,
+            sinks: true,
+            max_bias: 8.0,
+            ..mha.clone()
+        },
     ]
 }
 
