@@ -367,7 +367,7 @@ int palu_cuda_plan_recent(const palu_cuda_recent * p, palu_cuda_launch out[1]) {
     if (p->head_dim_k%2 || p->head_dim_v%2 || (p->out && p->n_recent > PALU_CUDA_RECENT_MAX) || (p->out && p->store && p->n_token > 1)) {
         return -1;
     }
-    out[0] = (palu_cuda_launch) { "palu_recent", { p->n_head_kv, p->n_stream, p->n_token }, 256, p->out ? palu_cuda_recent_smem(p) : 0 };
+    out[0] = (palu_cuda_launch) { "palu_recent", { (uint32_t) p->n_head_kv, (uint32_t) p->n_stream, (uint32_t) p->n_token }, 256, p->out ? (uint32_t) palu_cuda_recent_smem(p) : 0 };
     return 0;
 }
 
@@ -375,6 +375,6 @@ int palu_cuda_plan_append(const palu_cuda_append * p, palu_cuda_launch out[1]) {
     if (p->head_dim%2) {
         return -1;
     }
-    out[0] = (palu_cuda_launch) { "palu_append", { p->n_out - p->n_kv, p->n_stream, 1 }, 256, 0 };
+    out[0] = (palu_cuda_launch) { "palu_append", { (uint32_t) (p->n_out - p->n_kv), (uint32_t) p->n_stream, 1 }, 256, 0 };
     return 0;
 }
