@@ -364,6 +364,7 @@ static void check_rebuild(const RebuildCase & c) {
     p.rows_nb_stream = (int64_t) c.n_kv*s.dev.row_bytes;
     p.n_stream = c.n_stream;
     p.n_kv = c.n_kv;
+    p.n_out = c.n_kv;
 
     std::vector<double> ref(n_cell*d_all);
     std::vector<std::thread> threads;
@@ -468,6 +469,7 @@ static void bench_rebuild(const RebuildCase & c, bool every) {
     p.rows = rows;
     p.n_stream = 1;
     p.n_kv = c.n_kv;
+    p.n_out = c.n_kv;
     p.out = (uint16_t *) room((size_t) c.n_kv*c.n_head*c.hd*2);
     palu_cuda_launch l;
     palu_cuda_plan_rebuild(&device, &p, s.groups.data(), &l);
@@ -627,12 +629,12 @@ static void check_all_decode_mma(const std::vector<Case> & cases) {
 static void bench_all_decode_mma(const std::vector<Case> & cases) {
     for (int n_kv : { 16384, 65536 }) {
         for (int n_token : { 1, 2, 4, 8, 16 }) {
-            Case c = cases[3];
+            Case c = first_case(cases, 8);
             c.name = "decode GQA joint (448, 600)";
             c.n_kv = n_kv;
             c.n_token = n_token;
             bench_decode_mma(c);
-            c = cases[0];
+            c = first_case(cases, 32);
             c.name = "decode MHA (1024, 3072)";
             c.n_kv = n_kv;
             c.n_token = n_token;

@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
     grid_next();
     constexpr int CELLS = PALU_CUDA_RECENT_CELLS;
     extern __shared__ __align__(16) uint8_t smem[];
-    __shared__ int indices[PALU_CUDA_RECENT_MAX];
+    __shared__ int indices[PALU_CUDA_RECENT_MAX + 1];
     __shared__ float weights[8][CELLS];
     const int kv = blockIdx.x;
     const int stream = blockIdx.y;
@@ -45,18 +45,18 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
     const int32_t * idx = p.idxs + ((int64_t) stream*p.n_token + token)*(p.n_recent + 1);
     grid_wait();
 
-    const int slot = p.store ? idx[p.n_recent] : -1;
+    // what comes from global memory and depends on nothing, together
     const recent_cell own_k(p, 0, stream, p.n_slot + token, kv);
     const recent_cell own_v(p, 1, stream, p.n_slot + token, kv);
     float2 own[2] = {}; // of this thread's first dimensions
-    if (slot >= 0) {
-        own[0] = tid*2 < dk ? own_k.load(tid*2) : own[0];
-        own[1] = tid*2 < dv ? own_v.load(tid*2) : own[1];
+    own[0] = tid*2 < dk ? own_k.load(tid*2) : own[0];
+    own[1] = tid*2 < dv ? own_v.load(tid*2) : own[1];
+    for (int j = p.out ? tid : p.n_recent + tid; j <= p.n_recent; j += 256) {
+        indices[j] = idx[j];
     }
+    __syncthreads();
+    const int slot = p.store ? indices[p.n_recent] : -1;
     if (p.out) {
-        for (int j = tid; j < p.n_recent; j += 256) {
-            indices[j] = idx[j];
-        }
         for (int r0 = 0; r0 < rep; r0 += 8) {
             const int r = r0 + warp;
             const int head = kv*rep + min(r, rep - 1);
@@ -72,19 +72,21 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
             float top = -INFINITY;
             float sum = 0.0f;
             for (int j0 = 0; j0 < p.n_recent; j0 += CELLS) {
-                __syncthreads(); // indices are there, and everybody is done with the stage before
+                __syncthreads(); // everybody is done with the stage before
                 const int n = min(CELLS, p.n_recent - j0);
-                for (int i = tid; i < n*dk/2; i += 256) {
-                    const int c = i/(dk/2);
-                    const int d = i%(dk/2)*2;
-                    const int index = indices[j0 + c];
-                    *(float2 *)(keys + c*k_stride + d) = index >= 0 ? recent_cell(p, 0, stream, index, kv).load(d) : make_float2(0.0f, 0.0f);
+                // sixteen threads per cell
+                static_assert(CELLS == 16, "a cell for every sixteen threads");
+                const int mine_c = tid/16;
+                const int index = mine_c < n ? indices[j0 + mine_c] : -1;
+                const recent_cell k_cell(p, 0, stream, max(index, 0), kv);
+                const recent_cell v_cell(p, 1, stream, max(index, 0), kv);
+#pragma unroll 4
+                for (int d = tid%16*2; d < dk; d += 32) {
+                    *(float2 *)(keys + mine_c*k_stride + d) = index >= 0 ? k_cell.load(d) : make_float2(0.0f, 0.0f);
                 }
-                for (int i = tid; i < n*dv/2; i += 256) {
-                    const int c = i/(dv/2);
-                    const int d = i%(dv/2)*2;
-                    const int index = indices[j0 + c];
-                    *(float2 *)(values + c*v_stride + d) = index >= 0 ? recent_cell(p, 1, stream, index, kv).load(d) : make_float2(0.0f, 0.0f);
+#pragma unroll 4
+                for (int d = tid%16*2; d < dv; d += 32) {
+                    *(float2 *)(values + mine_c*v_stride + d) = index >= 0 ? v_cell.load(d) : make_float2(0.0f, 0.0f);
                 }
                 __syncthreads();
                 // eight lanes per cell; lane c keeps the score of cell c
@@ -93,12 +95,10 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
                 for (int c0 = 0; c0 < CELLS; c0 += 4) {
                     const int c = c0 + lane/8;
                     float x = 0.0f;
-                    if (c < n) {
 #pragma unroll 4
-                        for (int d = lane%8*2; d < dk; d += 16) {
-                            const float2 k = *(const float2 *)(keys + c*k_stride + d);
-                            x = fmaf(q[d], k.x, fmaf(q[d + 1], k.y, x));
-                        }
+                    for (int d = lane%8*2; d < dk; d += 16) {
+                        const float2 k = *(const float2 *)(keys + c*k_stride + d);
+                        x = fmaf(q[d], k.x, fmaf(q[d + 1], k.y, x));
                     }
                     x += __shfl_xor_sync(0xffffffff, x, 1);
                     x += __shfl_xor_sync(0xffffffff, x, 2);
@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
                     float2 a = make_float2(y[d]*shrink, y[d + 1]*shrink);
 #pragma unroll
                     for (int c = 0; c < CELLS; c++) {
-                        const float2 v = c < n ? *(const float2 *)(values + c*v_stride + d) : make_float2(0.0f, 0.0f);
+                        const float2 v = *(const float2 *)(values + c*v_stride + d);
                         const float wc = weights[warp][c];
                         a.x = fmaf(wc, v.x, a.x);
                         a.y = fmaf(wc, v.y, a.y);
