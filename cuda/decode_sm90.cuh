@@ -107,7 +107,7 @@ static __device__ __forceinline__ float2 unpack_f16(uint32_t x) {
     return __half22float2(*(const __half2 *) &x);
 }
 
-// Copies a span of rows from global to shared memory with 128 or more threads, 16 bytes at a time: a row's span lands at the same
+// Copies a span of rows from global to shared memory with 128 threads, 16 bytes at a time: a row's span lands at the same
 // place modulo 16 as it has in global memory. Every thread copies one column of 16 bytes, from every step-th row.
 struct Stager {
     uint32_t row0;   // first row; >= rows: nothing to do
@@ -117,9 +117,9 @@ struct Stager {
     uint32_t row_bytes;
     uint32_t stride; // of a row in shared memory
 
-    __device__ __forceinline__ Stager(int tid, int span, int row_bytes, int stride, int threads = 128) : span(span), row_bytes(row_bytes), stride(stride) {
+    __device__ __forceinline__ Stager(int tid, int span, int row_bytes, int stride) : span(span), row_bytes(row_bytes), stride(stride) {
         const uint32_t n_unit = (span + 30)/16;
-        step = threads/n_unit;
+        step = 128/n_unit;
         row0 = tid/n_unit;
         unit16 = tid%n_unit*16;
         if (row0 >= step) {

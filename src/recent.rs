@@ -7,6 +7,7 @@
 //! attention over rows. What comes out here is merged with that attention's result (`AttnParams::extra`).
 
 use crate::attention::{extra_row, slope, EXTRA_HEAD};
+use crate::kernels::dot;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -192,17 +193,4 @@ struct Scratch {
     known: [Vec<bool>; 2],
     values: [Vec<f32>; 2],
     scores: Vec<f32>,
-}
-
-/// Eight sums side by side, which compilers turn into vectors.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 8];
-    let (heads, tail) = (a.len() / 8 * 8, a.len() % 8);
-    for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
-        for i in 0..8 {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    let rest: f32 = (0..tail).map(|i| a[heads + i] * b[heads + i]).sum();
-    sums.iter().sum::<f32>() + rest
 }

@@ -18,6 +18,7 @@
 //! as its importance, which the tokens' covariance is weighted with.
 
 use super::stats::{add_products, LayerShape, RopeTable, Window};
+use crate::kernels::dot;
 use faer::Mat;
 
 /// Queries looked at in each window.
@@ -173,19 +174,6 @@ fn push_seen(rows: &mut Vec<f32>, q: &[f32], rope: &RopeTable, pos: usize, facto
     let start = rows.len();
     rows.extend(q.iter().map(|x| factor * x));
     rope.rotate_back(&mut rows[start..], pos as i32);
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    // eight sums, so that it vectorizes
-    let mut sum = [0f32; 8];
-    let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
-    let rest: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a8.zip(b8) {
-        for i in 0..8 {
-            sum[i] += a[i] * b[i];
-        }
-    }
-    sum.iter().sum::<f32>() + rest
 }
 
 #[cfg(test)]

@@ -26,6 +26,20 @@ pub(crate) fn round_up(n: usize, to: usize) -> usize {
     n.div_ceil(to) * to
 }
 
+/// A dot product outside of the kernels.
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    // eight sums, so that it vectorizes
+    let mut sum = [0f32; 8];
+    let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
+    let rest: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a8.zip(b8) {
+        for i in 0..8 {
+            sum[i] += a[i] * b[i];
+        }
+    }
+    sum.iter().sum::<f32>() + rest
+}
+
 /// An instruction set that the kernels are compiled for; the later, the faster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Path {
