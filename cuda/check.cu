@@ -2,7 +2,7 @@
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -pthread -o check check.cu
 //   ./check [check|bench|all|table [NAME [CELLS]]]      PALU_CHAINED=0: without programmatic dependent launch;
-//                                                      PALU_PLAIN=1: without decode_sm90_cheb
+//                                                      PALU_PLAIN=1: without decode_sm90_cheb and decode_sm90_cluster
 //
 // NAME picks the cases whose name has it, CELLS how many are timed. Prints one line per case and exits with 1 if any is wrong. Inputs are
 // random; outputs and scratch are poisoned with not-a-number before each run, and cells that no query sees hold rows of
@@ -156,6 +156,7 @@ static Side make_side(int n_head, int hd, int group_size, std::vector<int> ranks
     s.dev.n_group = n_head/group_size;
     s.dev.row_bytes = (offset + align - 1)/align*align;
     s.dev.rank_sum = step0;
+    s.dev.slice_span = palu_cuda_slice_span(&s.dev, s.groups.data(), s.segs.data());
     s.dev.groups = upload(s.groups);
     s.dev.segs = upload(s.segs);
     s.dev.dec = upload(s.dec);
@@ -274,9 +275,9 @@ static Case with_rows(Case c, const char * name, int rank_k, int rank_v, int b0_
     return c;
 }
 
-static palu_cuda_device device = { 90, 132, 232448 };
+static palu_cuda_device device = { 90, 132, 232448, 30 };
 static bool chained = true; // programmatic dependent launch
-static bool plain = false;  // without decode_sm90_cheb
+static bool plain = false;  // without decode_sm90_cheb and decode_sm90_cluster
 
 // The kernels by name, as the library finds them in the fatbin.
 struct Named { const char * name; const void * f; };
@@ -287,7 +288,7 @@ struct Named { const char * name; const void * f; };
 static const Named kernels[] = {
     PALU_STORE_KERNELS(NAMED) PALU_REBUILD_KERNELS(NAMED)
     PALU_MMA_KERNELS(NAMED) NAMED(palu_decode) NAMED(palu_combine) PALU_CUDA_SM90_KERNELS(SM90)
-    PALU_CUDA_WIDE_KERNELS(WIDE) PALU_CUDA_CHEB_KERNELS(CHEB)
+    PALU_CUDA_WIDE_KERNELS(WIDE) NAMED(palu_decode_sm90_cluster) PALU_CUDA_CHEB_KERNELS(CHEB)
 };
 
 template <typename P> static void launch(const palu_cuda_launch & l, P p, cudaStream_t stream = 0) {
@@ -337,6 +338,9 @@ static Problem make_problem(const Case & c, bool rows = true) {
     std::vector<int8_t> tiles(x.k.dec.size());
     if (!palu_cuda_tile_keys(&x.k.dev, x.k.groups.data(), x.rope.pair_dim.data(), x.k.dec.data(), tiles.data())) {
         x.k.dev.dec_tiles = upload(tiles);
+    }
+    if (plain) {
+        x.v.dev.slice_span = 0;
     }
     p.k = x.k.dev;
     p.v = x.v.dev;
@@ -593,7 +597,7 @@ static void check_case(const Case & c) {
     if (strcmp(fast.decode.kernel, any.decode.kernel)) {
         const double many = distance(run_attn(p, fast, ref.size()), ref);
         dev = device;
-        dev.n_sm = 1;
+        dev.n_sm = dev.n_cluster = 1;
         const Plan single = plan(dev, p, x);
         const double one = distance(run_attn(p, single, ref.size()), ref);
         ok &= many < 3e-3 && one < 3e-3;
@@ -734,6 +738,17 @@ int main(int argc, char ** argv) {
     device.n_sm = prop.multiProcessorCount;
     device.smem_optin = (int32_t) prop.sharedMemPerBlockOptin;
     printf("%s, %d multiprocessors, %d bytes of shared memory\n", prop.name, device.n_sm, device.smem_optin);
+    if (device.arch == 90) {
+        // as src/cuda.rs asks
+        const void * f = (const void *) palu_decode_sm90_cluster;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(1, PALU_CUDA_CLUSTER, 1);
+        config.blockDim = dim3(640);
+        config.dynamicSmemBytes = prop.sharedMemPerBlockOptin;
+        CHECK(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) prop.sharedMemPerBlockOptin));
+        CHECK(cudaOccupancyMaxActiveClusters(&device.n_cluster, f, &config));
+        printf("%d clusters at once\n", device.n_cluster);
+    }
     //                                       heads    dims      groups  ranks                bits         tok str kv    rope            mask  sinks  cap  alibi pos align
     const std::vector<Case> cases = {
         { "MHA 32x128, groups of 4, (1024, 3072)", 32, 32, 128, 128,  4, 4, {128}, {384}, 4, 2, 4, 2,  1, 1,  700, 128, 0, false, 0, false, 0, 0, 0, 16 },
@@ -757,6 +772,9 @@ int main(int argc, char ** argv) {
         { "decoders of two planes, 2 tokens", 8, 4, 128, 128,  4, 4, {120}, {200}, 6, 1, 6, 1,  2, 2,  210, 128, 0, false, 1, false, 0, 0, 0, 4, 2 },
         { "GQA 32/8x128 joint, 480 and 640, as converted", 32, 8, 128, 128,  8, 8, {480}, {640}, 7, 1, 7, 1,  1, 1,  1500, 128, 0, false, 0, false, 0, 0, 0, 4, 1, 2, 1.2, 2 },
         { "GQA 24/8x128 joint, 512 and 640, pieces, f16 mask, sinks, 2 streams", 24, 8, 128, 128,  8, 8, {512}, {640}, 7, 1, 7, 1,  1, 2,  700, 128, 0, false, 1, true, 0, 0, 1, 16, 1, 2, 1.2 },
+        { "GQA 16/4x128 joint, pieces, f32 mask, softcap, 3 streams", 16, 4, 128, 128,  4, 4, {232}, {320}, 8, 1, 7, 1,  1, 3,  700, 128, 0, false, 2, false, 30, 0, 1, 16 },
+        { "GQA 8/2x128 joint, random positions, all bits, partial RoPE, ALiBi", 8, 2, 128, 128,  2, 2, {120}, {168}, 0, 0, 0, 0,  1, 1,  1300, 64, 32, true, 1, true, 0, 8, 2, 4 },
+        { "GQA 32/8x128 joint, 480 and 624, first values of 8 bits", 32, 8, 128, 128,  8, 8, {480}, {624}, 7, 1, 8, 4,  1, 1,  2000, 128, 0, false, 1, false, 0, 0, 0, 4, 1, 2, 3 },
         { "one cell", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  1, 128, 0, false, 0, false, 0, 0, 0, 4 },
     };
     if (what == "table") {

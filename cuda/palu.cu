@@ -349,5 +349,6 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
 #include "decode_mma.cuh"
 #include "decode_sm90.cuh"
 #include "decode_sm90_wide.cuh"
+#include "decode_sm90_cluster.cuh"
 #include "decode_sm90_cheb.cuh"
 #include "recent.cuh"

@@ -56,6 +56,7 @@ typedef struct palu_cuda_side {
     int32_t row_span_max;           // largest row_end - row_offset of a group
     int32_t rank_sum;               // over all groups
     int32_t planes;                 // bytes of a weight, the upper one first: 1, or 2 with weight = 256*plane[0] + plane[1], both signed
+    int32_t slice_span;             // palu_cuda_slice_span()
 } palu_cuda_side;
 
 // RoPE as tables, so that NORM, NEOX, partial RoPE, frequency factors and YaRN are all the same to a kernel. Every
@@ -202,6 +203,8 @@ typedef struct palu_cuda_append {
 //   palu_decode_sm90_wide_*(palu_cuda_attn) on sm_90a, where one group holds all KV heads and no head has more than 4 query rows;
 //                                   grid (n_chunk, n_head_kv/heads_per_cta, n_stream), 512 threads,
 //                                   dynamic shared memory palu_cuda_wide_smem()
+//   palu_decode_sm90_cluster(palu_cuda_attn) the same with 2*PALU_CUDA_CLUSTER KV heads; grid (n_chunk, PALU_CUDA_CLUSTER, n_stream),
+//                                   640 threads, dynamic shared memory palu_cuda_cluster_smem()
 //   palu_decode_mma_{64,32}_{8,16,32}(palu_cuda_attn) any shape that fits shared memory; cells at a time (times 4: threads) and
 //                                   columns (query rows of all of a block's heads); grid (n_chunk, n_head_kv/heads_per_cta*
 //                                   ceil(n_col/mma_cols)*ceil(v.rank_max/mma_slice), n_stream)
@@ -219,6 +222,8 @@ typedef struct palu_cuda_device {
     int32_t arch;       // compute capability, 10*major + minor
     int32_t n_sm;
     int32_t smem_optin; // bytes of shared memory that a block may have
+    int32_t n_cluster;  // clusters of decode_sm90_cluster that run at once: fewer than multiprocessors would do for, as a cluster's
+                        // blocks share a part of the device
 } palu_cuda_device;
 
 typedef struct palu_cuda_launch {
@@ -248,6 +253,10 @@ int palu_cuda_tile_keys(const palu_cuda_side * side, const palu_cuda_group * gro
 
 // For decode_sm90_cheb: pairs before the first from which on none turns by more than 2.6/64 radians per position.
 int32_t palu_cuda_fast_pairs(const uint64_t * turn, int32_t n_pair);
+
+// For decode_sm90_cluster: most bytes of a row of values that one of its blocks reads; 0 where rows have more than one group. segs: the
+// host's copy.
+int32_t palu_cuda_slice_span(const palu_cuda_side * side, const palu_cuda_group * groups, const uint32_t * segs);
 
 // Scratch that a planned p needs: floats at palu_cuda_store.latent and at palu_cuda_attn.partial.
 size_t palu_cuda_latent_size (const palu_cuda_store * p);
@@ -336,6 +345,20 @@ static inline size_t palu_cuda_wide_smem(const palu_cuda_attn * p, int32_t k_ste
 
 // Kernels of decode_sm90_wide: X(key channels/32).
 #define PALU_CUDA_WIDE_KERNELS(X) X(8) X(11) X(14) X(16)
+
+#define PALU_CUDA_CLUSTER 4 // blocks of a cluster of decode_sm90_cluster
+
+static inline size_t palu_cuda_cluster_smem(const palu_cuda_attn * p) {
+    const size_t pad = (size_t)(p->k.rank_max + 31)/32*32;
+    return 256*pad                                               // decoder
+         + 2*64*pad                                              // unpacked keys
+         + (size_t) 8*128*8 + 2*4096                             // cos, sin; queries
+         + (size_t) 2*PALU_CUDA_CLUSTER*1056 + 2*2048            // weights, scores
+         + 2*((size_t) 64/PALU_CUDA_CLUSTER*p->k.row_bytes + 16) // rows of keys
+         + (size_t) 3*16*p->v_stage_words*4 + 64                 // and of values
+         + pad/8*8                                               // segments
+         + 1024 + 768 + 64 + 256 + 16 + 512 + 128;               // halves, scales, factors, maxima, flags, turns, barriers
+}
 
 // Bytes of shared memory of decode_sm90_cheb but for the staged rows, with so many blocks of eight fast pairs and so many tiles at a time.
 #define PALU_CUDA_CHEB_FIXED(fast, tiles) (131072 + 2*((8528 + 256*(fast)*(tiles) + 127)/128*128) + 640*(16 - 2*(fast)) + 2048*(fast) + 7168*(tiles) + 7520)

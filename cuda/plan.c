@@ -272,6 +272,43 @@ static int plan_wide(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
     return -1;
 }
 
+int32_t palu_cuda_slice_span(const palu_cuda_side * side, const palu_cuda_group * groups, const uint32_t * segs) {
+    if (side->n_group != 1) {
+        return 0;
+    }
+    const int32_t n = groups[0].rank/8;
+    const int32_t part = ceil_div(n, PALU_CUDA_CLUSTER);
+    int32_t most = 0;
+    for (int32_t first = 0; first < n; first += part) {
+        const uint32_t last = segs[groups[0].seg0 + min32(first + part, n) - 1];
+        const int32_t start = (int32_t)(segs[groups[0].seg0 + first] & 0xffffff) & ~3;
+        most = palu_cuda_max32(most, (int32_t)((last & 0xffffff) + (last >> 24)) - start);
+    }
+    return most;
+}
+
+static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
+    const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
+    if (dev->arch != 90 || dev->n_cluster < 1 || p->k.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 ||
+        p->k.n_head_kv != 2*PALU_CUDA_CLUSTER || p->k.n_group != 1 || p->v.n_group != 1 || !p->k.dec_tiles || p->k.rank_max == 0 || p->v.slice_span == 0 || p->v.slice_span > 240 ||
+        cols > 4 || p->v.rank_max > 256*PALU_CUDA_CLUSTER || p->k.row_bytes >= 65536 ||
+        (p->n_stream > 1 && (p->rows_k_nb_stream%16 || p->rows_v_nb_stream%16))) {
+        return -1;
+    }
+    const int32_t words = (p->v.slice_span + 30)/16*4;
+    p->v_stage_words = (words + 3)/8*8 + 4;
+    const size_t smem = palu_cuda_cluster_smem(p);
+    // with some numbers of streams decode_sm90_wide uses more of the device (with 8 it takes 10% less time than 24 of 30 clusters)
+    const int64_t clusters = (int64_t) palu_cuda_max32(1, dev->n_cluster/p->n_stream)*p->n_stream;
+    const int64_t turns = ceil_div(clusters, dev->n_cluster);
+    if (smem > (size_t) dev->smem_optin || clusters*10 < turns*dev->n_cluster*9) {
+        return -1;
+    }
+    p->heads_per_cta = 2;
+    split(p, dev->n_cluster, p->n_stream);
+    return set_launch(dev, out, "palu_decode_sm90_cluster", p->n_chunk, PALU_CUDA_CLUSTER, p->n_stream, 640, smem);
+}
+
 static size_t mma_smem(const palu_cuda_attn * p, int32_t cells, int32_t cols) {
     const int32_t quarters = ceil_div(p->k.head_dim, 64);
     const int32_t raw = cells*4*((p->k.row_span_max + 6)/4 + (p->v.row_span_max + 6)/4 + 1);
@@ -343,7 +380,7 @@ int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, const 
         return -1;
     }
     p->rank_stride = (p->v.rank_max + 7)/8*8;
-    if (plan_wide(dev, p, &out[0]) && plan_cheb(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
+    if (plan_cluster(dev, p, &out[0]) && plan_wide(dev, p, &out[0]) && plan_cheb(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
         return -1;
     }
     return set_launch(dev, &out[1], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 1024,

@@ -56,6 +56,7 @@ mod abi {
         pub row_span_max: i32,
         pub rank_sum: i32,
         pub planes: i32,
+        pub slice_span: i32,
     }
 
     #[repr(C)]
@@ -191,6 +192,7 @@ mod abi {
         pub arch: i32,
         pub n_sm: i32,
         pub smem_optin: i32,
+        pub n_cluster: i32,
     }
 
     #[repr(C)]
@@ -235,6 +237,7 @@ mod abi {
             dec: *const i8,
             out: *mut i8,
         ) -> i32;
+        pub fn palu_cuda_slice_span(side: *const Side, groups: *const Group, segs: *const u32) -> i32;
         pub fn palu_cuda_fast_pairs(turn: *const u64, n_pair: i32) -> i32;
         pub fn palu_cuda_plan_on_rows(dev: *const DeviceInfo, p: *const Attn) -> i32;
         pub fn palu_cuda_latent_size(p: *const Store) -> usize;
@@ -310,6 +313,7 @@ impl Device {
                 + attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             n_sm: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             smem_optin: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            n_cluster: 0,
         };
         let name = driver("cannot be asked for its name", context.name())?;
         ensure!(info.arch >= 75, "{name} has compute capability {}.{}, 7.5 is needed", info.arch / 10, info.arch % 10);
@@ -331,7 +335,33 @@ impl Device {
         driver("cannot be asked for its version", unsafe { sys::cuDriverGetVersion(&mut version).result() })?;
         // stream capture knows such launches from CUDA 12.3 on
         let early = info.arch >= 90 && version >= 12030;
-        Ok(Self { context, module, functions: Mutex::default(), info, name, early })
+        let mut device = Self { context, module, functions: Mutex::default(), info, name, early };
+        if info.arch == 90 {
+            device.info.n_cluster = device.clusters()?;
+        }
+        Ok(device)
+    }
+
+    /// How many clusters of `decode_sm90_cluster` run at once.
+    fn clusters(&self) -> Result<i32> {
+        let f = self.function(c"palu_decode_sm90_cluster")?;
+        let config = sys::CUlaunchConfig {
+            gridDimX: 1,
+            gridDimY: 4,
+            gridDimZ: 1,
+            blockDimX: 640,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.info.smem_optin as u32,
+            hStream: std::ptr::null_mut(),
+            attrs: std::ptr::null_mut(),
+            numAttrs: 0,
+        };
+        let mut n = 0;
+        // SAFETY: a kernel of this device's module, and one number to write to
+        let asked = unsafe { sys::cuOccupancyMaxActiveClusters(&mut n, f, &config).result() };
+        driver("cannot be asked how many clusters run at once", asked)?;
+        Ok(n)
     }
 
     /// "NVIDIA H200, sm_90"
@@ -546,7 +576,10 @@ fn side_tables(
         row_span_max: max(&|g| g.row_end - g.row_offset),
         rank_sum: step.len() as i32,
         planes: n_plane as i32,
+        slice_span: 0,
     };
+    // SAFETY: groups and segments of this side
+    header.slice_span = unsafe { palu_cuda_slice_span(&header, groups.as_ptr(), segs.as_ptr()) };
     if side.side == Side::Key {
         let mut tiles = vec![0i8; dec.len()];
         // SAFETY: groups and pairs of this side; the tiles are as large as the decoders
@@ -932,7 +965,7 @@ mod tests {
             offset_of!(Group, enc0),
             size_of::<abi::Side>(),
             offset_of!(abi::Side, step),
-            offset_of!(abi::Side, planes),
+            offset_of!(abi::Side, slice_span),
             size_of::<abi::Rope>(),
             offset_of!(abi::Rope, n_fast),
             size_of::<Attn>(),
@@ -953,6 +986,7 @@ mod tests {
             offset_of!(abi::Append, out),
             offset_of!(abi::Append, n_token),
             size_of::<DeviceInfo>(),
+            offset_of!(DeviceInfo, n_cluster),
             size_of::<Launch>(),
             offset_of!(Launch, smem),
         ];

@@ -1,0 +1,861 @@
+// decode_sm90_cluster.cuh - decode attention on sm_90a where one group holds all KV heads and no head has more than four query rows:
+// a cluster of blocks shares 64 cells at a time, two KV heads per block.
+//
+// Each block keeps its two heads' part of the integer decoder in shared memory from beginning to end. What all of them need is made
+// once: every block unpacks its part of the keys' codes and copies the result into the others' shared memory. Weights go to all
+// blocks, too, and each sums its own part of the values' channels for all heads. In a block, five warpgroups:
+//
+//   score (2)  one head each: keys as integers by wgmma, codes and decoder from shared memory. While the next tile is multiplied,
+//              keys of the one before are rotated, and scores made, from registers
+//   unpack     codes of keys to bytes, as wgmma reads them
+//   others     two warps make the softmax of both heads, two what else a tile needs: queries turned, scales
+//   value      summed as codes by mma as in decode_sm90.cuh
+//
+// RoPE: queries are turned back by the position of the middle of a tile, between two cells. Cells at the same distance before and
+// after it have the same cosines and opposite sines, so that a thread that has both needs half of the table. While positions are
+// consecutive it is the same for every tile; otherwise it is computed.
+#pragma once
+
+#include "decode_sm90.cuh"
+
+#ifdef PALU_SM90
+
+// The thread's number, read where it is needed: what is made of it before would take up registers, or be kept in memory.
+static __device__ __forceinline__ int thread_now() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+static __device__ __forceinline__ uint32_t cluster_map(uint32_t at, uint32_t block) {
+    uint32_t r;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(block));
+    return r;
+}
+static __device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// at: of any block of the cluster, from cluster_map()
+static __device__ __forceinline__ void mbar_arrive_at(uint32_t at) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(at) : "memory");
+}
+// from this block's shared memory to another's, announced at a barrier there
+static __device__ __forceinline__ void cluster_copy(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        :: "r"(dst), "r"(src), "r"(bytes), "r"(bar) : "memory");
+}
+
+// d[64][128] (+)= a[64][32] b[32][128]; both in shared memory, 8x16-byte blocks without swizzle
+template <bool ACCUMULATE> static __device__ __forceinline__ void wgmma_128(int (&d)[64], uint64_t desc_a, uint64_t desc_b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, p;\n}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
+          "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]),
+          "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]),
+          "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]),
+          "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]),
+          "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47]),
+          "+r"(d[48]), "+r"(d[49]), "+r"(d[50]), "+r"(d[51]), "+r"(d[52]), "+r"(d[53]), "+r"(d[54]), "+r"(d[55]),
+          "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63])
+        : "l"(desc_a), "l"(desc_b), "n"((int) ACCUMULATE));
+}
+
+// d[64][32] += a[64][16] b[16][32], f16; b as above
+static __device__ __forceinline__ void wgmma_f16(float (&d)[16], const uint32_t (&a)[4], uint64_t desc_b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b));
+}
+
+static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn & p) {
+    constexpr int C = PALU_CUDA_CLUSTER; // blocks of a cluster; each has two KV heads
+    constexpr int HD = 128;
+    constexpr int GP = HD/16;          // blocks of 8 pairs in a head
+    constexpr int RUN = 32/C;          // cells before and after a tile's middle whose keys a block unpacks
+    constexpr int VT = 16;             // cells of a value stage
+    constexpr int VSTAGES = 3;
+    constexpr int P_WORDS = 32*8 + 8;  // weights of a tile for a block's columns, two cells each; corrections
+    constexpr float P_SCALE = 64.0f;   // weights this much larger: small ones stay normal in f16
+    constexpr int THREADS = 640;
+    grid_next();
+
+    extern __shared__ __align__(128) uint8_t smem_cluster[];
+    const int tid = threadIdx.x & 127;
+    const int wg = __shfl_sync(0xffffffff, threadIdx.x >> 7, 0); // the same for a warp, which the compiler sees by this
+    const int lane = threadIdx.x & 31;
+    const int warp = tid >> 5;
+    const int l4 = lane >> 2;
+    const int quad = lane & 3;
+
+    const int rank_block = blockIdx.y; // in the cluster
+    const int head0 = rank_block*2;
+    const int stream = blockIdx.z;
+    const int gqa = p.n_head/p.k.n_head_kv;
+    const int col_head = gqa*p.n_token; // at most 4; a head's columns are the first of its four
+    const palu_cuda_group gk = p.k.groups[0];
+    const palu_cuda_group gv = p.v.groups[0];
+    const uint32_t pad = gk.rank_pad;
+    const uint32_t a_bytes = 64*pad;
+    const uint32_t run_bytes = RUN*p.k.row_bytes;
+
+    // what has one size for all models comes first, so that its addresses are constants
+    uint2   * sm_trig = (uint2 *) smem_cluster;                  // [GP][128] cos, sin of two pairs
+    uint2   * sm_q = sm_trig + GP*128;                           // [2][queries, means][2][GP][16]
+    uint32_t * sm_p = (uint32_t *)(sm_q + 2*2*2*GP*16);          // [2][C][P_WORDS]: [8][8][4] two cells' weights of a column
+    float   * sm_s = (float *)(sm_p + 2*C*P_WORDS);              // [2][64][8]
+    float4  * sm_half = (float4 *)(sm_s + 2*64*8);               // [2][GP][4] halves of two pairs, times trig_scale
+    __half  * sm_kscale = (__half *)(sm_half + 2*GP*4);          // [2][64] of rows
+    __half  * sm_vscale = sm_kscale + 2*64;                      // [4][64]
+    float   * sm_factor = (float *)(sm_vscale + 4*64);           // [queries, means][8]
+    float   * sm_part = sm_factor + 2*8;                         // [2][2][8] largest of a warp; [2][2][8] sums
+    int     * sm_regular = (int *)(sm_part + 64);                // [2][2] positions are consecutive
+    uint64_t * sm_turn = (uint64_t *)(sm_regular + 4);           // [HD/2]
+    uint64_t * sm_bar = sm_turn + HD/2;                          // [16]
+    uint8_t * sm_dec = (uint8_t *)(sm_bar + 16);                 // [2][pad/16][128][16]
+    uint8_t * sm_a = sm_dec + 256*pad;                           // [2][8][pad/16][8][16]
+    uint2   * sm_seg = (uint2 *)(sm_a + 2*a_bytes);              // [pad/8]
+    uint8_t * sm_k = (uint8_t *)(sm_seg + pad/8);                // [2][2*run_bytes + 16]
+    const uint32_t k_bytes = 2*run_bytes + 16;
+    uint8_t * sm_v = sm_k + 2*k_bytes;                           // [VSTAGES][VT][v_stage_words], 64 bytes
+    const uint32_t v_bytes = VT*p.v_stage_words*4;
+    const uint32_t bar_dec = smem_u32(sm_bar);     // [2] decoder of a head is here
+    const uint32_t bar_rows = bar_dec + 16;        // [2] rows of keys are here
+    const uint32_t bar_a = bar_rows + 16;          // [2] unpacked keys are here
+    const uint32_t bar_a_free = bar_a + 16;        // [2] all blocks have multiplied them
+    const uint32_t bar_q = bar_a_free + 16;        // [2] queries and scales of a tile are here, and the scores of two tiles before have been read
+    const uint32_t bar_s = bar_q + 16;             // [2] scores are here
+    const uint32_t bar_p = bar_s + 16;             // [2] all blocks' weights are here
+    const uint32_t bar_p_free = bar_p + 16;        // [2] all blocks have read this one's
+
+    const int tile0 = blockIdx.x*p.chunk_tiles;
+    const int n_tile = min(p.chunk_tiles, (p.n_kv + 63)/64 - tile0);
+    const uint8_t * rows_k = p.rows_k + stream*p.rows_k_nb_stream;
+    const uint8_t * rows_v = p.rows_v + stream*p.rows_v_nb_stream;
+    const int32_t * pos = p.pos + (int64_t) stream*p.n_kv;
+
+    //
+    // Prologue
+    //
+    if (threadIdx.x < 32) {
+        if (lane == 0) {
+            for (int i = 0; i < 2; i++) {
+                mbar_init(bar_dec + i*8, 1);
+                mbar_init(bar_rows + i*8, 1);
+                mbar_init(bar_a + i*8, 1);
+                mbar_init(bar_a_free + i*8, 8*C);
+                mbar_init(bar_q + i*8, 4);
+                mbar_init(bar_s + i*8, 8);
+                mbar_init(bar_p + i*8, 1);
+                mbar_init(bar_p_free + i*8, 4*C);
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            fence_async();
+            for (int i = 0; i < 2; i++) {
+                mbar_expect(bar_dec + i*8, 128*pad);
+            }
+        }
+        __syncwarp();
+        // the decoder: blocks of 64 columns side by side
+        const int8_t * from = p.k.dec_tiles + gk.dec0 + (int64_t) head0*HD*pad;
+        for (uint32_t i = lane; i < 4*(pad/16); i += 32) {
+            const uint32_t c = i >> 2;
+            const uint32_t b = i & 3;
+            bulk_copy(smem_u32(sm_dec) + (b >> 1)*128*pad + c*2048 + (b & 1)*1024, from + (b*(pad/16) + c)*1024, 1024, bar_dec + (b >> 1)*8);
+        }
+    }
+    for (uint32_t i = threadIdx.x; i < pad/8; i += THREADS) {
+        // .x: first word's byte | shift within it << 16 | bits << 24, .y: 2^bits - 1 in every byte
+        const uint32_t seg = (int) i < gk.rank/8 ? p.k.segs[gk.seg0 + i] : 0;
+        const uint32_t bits = seg >> 24;
+        const uint32_t at = seg & 0xffffff;
+        sm_seg[i] = make_uint2((at & ~3u) | (at & 3) << 19 | bits << 24, ((1u << bits) - 1)*0x01010101u);
+    }
+    if (threadIdx.x < HD/2) {
+        sm_turn[threadIdx.x] = p.rope.turn[threadIdx.x];
+    }
+    if (threadIdx.x >= 64 && threadIdx.x < 64 + 2*GP*4) {
+        const int i = threadIdx.x - 64;
+        const int h = i/(GP*4);
+        const int2 d0 = ((const int2 *) p.rope.pair_dim)[i%(GP*4)*2];
+        const int2 d1 = ((const int2 *) p.rope.pair_dim)[i%(GP*4)*2 + 1];
+        const float * half = p.k.dec_half + (int64_t)(head0 + h)*HD;
+        sm_half[i] = make_float4(half[d0.x]*p.trig_scale, half[d1.x]*p.trig_scale, half[d0.y]*p.trig_scale, half[d1.y]*p.trig_scale);
+    }
+    // the table of this warp's cells: at half a position and further from the middle
+    for (int i = threadIdx.x; i < GP*128; i += THREADS) {
+        const int64_t d = i%128/32*8 + i%32/4;
+        float s[2], c[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const uint64_t turn = p.rope.turn[i/128*8 + i%4*2 + j];
+            sincos_turn(d*turn + (uint64_t)((int64_t) turn >> 1), s[j], c[j]);
+        }
+        sm_trig[i] = make_uint2(pack_f16(c[0], c[1]), pack_f16(s[0], s[1]));
+    }
+    float2 * sm_vec = (float2 *) sm_q; // [queries, means][8][HD/2]
+    const int my_col = threadIdx.x >> 5; // of the first eight warps
+    const bool real = my_col < 8 && my_col%4 < col_head;
+    int2 dim[2] = {};
+    float mag[2] = {}, dec_scale[2] = {};
+    float2 mean[2] = {};
+    if (my_col < 8) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int64_t at = (int64_t)(head0 + my_col/4)*HD;
+            dim[i] = ((const int2 *) p.rope.pair_dim)[i*32 + lane];
+            mag[i] = p.rope.mag[i*32 + lane];
+            dec_scale[i] = p.k.dec_scale[at + dim[i].x];
+            mean[i] = make_float2(p.k.mean[at + dim[i].x], p.k.mean[at + dim[i].y]);
+        }
+    }
+    grid_wait();
+    if (my_col < 8) {
+        // with the decoder's scales; with the mean. To f16's range, with a factor for each
+        float2 v[2][2] = {};
+        if (real) {
+            const int qh = (head0 + my_col/4)*gqa + my_col%4%gqa;
+            const float * q = (const float *) ((const char *) p.q + stream*p.q_nb_stream + my_col%4/gqa*p.q_nb_token + qh*p.q_nb_head);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float qa = q[dim[i].x]*mag[i];
+                const float qb = q[dim[i].y]*mag[i];
+                v[0][i] = make_float2(qa*dec_scale[i], qb*dec_scale[i]);
+                v[1][i] = make_float2(qa*mean[i].x + qb*mean[i].y, qb*mean[i].x - qa*mean[i].y);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            // turning changes no pair's length
+            const float top = sqrtf(warp_max(fmaxf(v[j][0].x*v[j][0].x + v[j][0].y*v[j][0].y, v[j][1].x*v[j][1].x + v[j][1].y*v[j][1].y)));
+            const float inv = top > 0.0f ? 1.0f/top : 0.0f;
+            if (lane == 0) {
+                sm_factor[j*8 + my_col] = j == 0 ? top*p.scale/p.trig_scale : top*p.scale;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                sm_vec[(j*8 + my_col)*(HD/2) + i*32 + lane] = make_float2(v[j][i].x*inv, v[j][i].y*inv);
+            }
+        }
+    }
+    __syncthreads();
+    // by one thread
+    auto load_keys = [&](int t) {
+        const int slot = t & 1;
+        const uint32_t bar = bar_rows + slot*8;
+        uint32_t all = 0;
+        const int cell0[2] = { (tile0 + t)*64 + 32 + RUN*rank_block, (tile0 + t)*64 + 32 - RUN*(rank_block + 1) };
+        uint32_t whole[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t bytes = max(0, min(RUN, p.n_kv - cell0[i]))*p.k.row_bytes;
+            whole[i] = bytes & ~15u;
+            all += whole[i];
+            for (uint32_t j = whole[i]; j < bytes; j += 4) { // memory may end there
+                *(uint32_t *)(sm_k + slot*k_bytes + i*run_bytes + j) = *(const uint32_t *)(rows_k + (int64_t) cell0[i]*p.k.row_bytes + j);
+            }
+        }
+        mbar_expect(bar, all);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (whole[i]) {
+                bulk_copy(smem_u32(sm_k) + slot*k_bytes + i*run_bytes, rows_k + (int64_t) cell0[i]*p.k.row_bytes, whole[i], bar);
+            }
+        }
+    };
+    if (threadIdx.x == 2*128) {
+        load_keys(0);
+        if (n_tile > 1) {
+            load_keys(1);
+        }
+    }
+    cluster_sync(); // barriers are there
+
+    if (wg < 2) {
+        //
+        // Scores
+        //
+        reg_alloc<136>();
+        const uint64_t desc_b = (uint64_t)((smem_u32(sm_dec) + wg*128*pad) >> 4 & 0x3fff) | (uint64_t)(2048 >> 4) << 16 | (uint64_t)(128 >> 4) << 32;
+        const uint64_t desc_a = (uint64_t)(smem_u32(sm_a) >> 4 & 0x3fff) | (uint64_t)(128 >> 4) << 16 | (uint64_t)(8*pad >> 4) << 32;
+        const int n_step = pad/32;
+        const int up = 32 + warp*8 + l4;   // the thread's two cells of a tile
+        const int down = 31 - warp*8 - l4;
+        const uint32_t free_at = lane < C ? cluster_map(bar_a_free, lane) : 0;
+        int acc[64];
+        uint32_t key[GP*4]; // f16: first and second dimensions of two pairs, of both cells
+        auto multiply = [&](int t) {
+            const int slot = t & 1;
+            mbar_wait(bar_a + slot*8, t >> 1 & 1);
+            fence_async();
+            wgmma_fence();
+            uint64_t a = desc_a + slot*(a_bytes >> 4);
+            uint64_t b = desc_b;
+            wgmma_128<false>(acc, a, b);
+#pragma unroll 4
+            for (int s = 1; s < n_step; s++) {
+                a += 256 >> 4;
+                b += 4096 >> 4;
+                wgmma_128<true>(acc, a, b);
+            }
+            wgmma_commit();
+        };
+        auto convert = [&](int t) {
+            wgmma_wait<0>();
+            if (lane < C) {
+                mbar_arrive_at(free_at + (t & 1)*8);
+            }
+            const float4 * halves = sm_half + wg*GP*4 + quad;
+#pragma unroll
+            for (int g = 0; g < GP; g++) {
+                const float4 h = halves[g*4];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int k = g*8 + i*2;
+                    key[g*4 + i] = pack_f16(fmaf((float) acc[k], p.trig_scale, h.x), fmaf((float) acc[k + 1], p.trig_scale, h.y));
+                    key[g*4 + 2 + i] = pack_f16(fmaf((float) acc[k + 4], p.trig_scale, h.z), fmaf((float) acc[k + 5], p.trig_scale, h.w));
+                }
+            }
+        };
+        auto score = [&](int t) {
+            const int slot = t & 1;
+            const int tid = thread_now() & 127;
+            const int lane = tid & 31;
+            const int quad = tid & 3;
+            mbar_wait(bar_q + slot*8, t >> 1 & 1);
+            const bool regular = sm_regular[slot*2] && sm_regular[slot*2 + 1];
+            const uint2 * queries = sm_q + ((slot*2 + 0)*2 + wg)*GP*16 + lane;
+            const uint2 * means = queries + 2*GP*16;
+            uint2 bq = make_uint2(0, 0); // of 16 threads: other columns' products are not used
+            uint2 bm = make_uint2(0, 0);
+            float sq[2][4] = {}; // in two, so that they need not wait for each other
+            float sm[2][4] = {};
+            auto turn_and_multiply = [&](int g, __half2 c0, __half2 c1, __half2 s0, __half2 s1) {
+                if (lane < 16) {
+                    bq = queries[g*16];
+                    bm = means[g*16];
+                }
+                const __half2 cs[2] = { c0, c1 };
+                const __half2 sn[2] = { s0, s1 };
+                uint32_t x[4];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const __half2 ka = as_half2(key[g*4 + i]);
+                    const __half2 kb = as_half2(key[g*4 + 2 + i]);
+                    x[i] = as_u32(__hfma2(ka, cs[i], __hneg2(__hmul2(kb, sn[i]))));
+                    x[2 + i] = as_u32(__hfma2(ka, sn[i], __hmul2(kb, cs[i])));
+                }
+                mma_f16(sq[g & 1], x[0], x[1], x[2], x[3], bq.x, bq.y);
+                mma_f16(sm[g & 1], as_u32(cs[0]), as_u32(cs[1]), as_u32(sn[0]), as_u32(sn[1]), bm.x, bm.y);
+            };
+            if (regular) {
+#pragma unroll
+                for (int g = 0; g < GP; g++) {
+                    const uint2 trig = sm_trig[g*128 + tid];
+                    turn_and_multiply(g, as_half2(trig.x), as_half2(trig.x), as_half2(trig.y), as_half2(trig.y ^ 0x80008000u));
+                }
+            } else {
+                // positions from the tile's first on, less those up to its middle
+                const int cell0 = (tile0 + t)*64;
+                const int first = pos[cell0];
+                const uint64_t at[2] = { (uint64_t)(int64_t)(pos[min(cell0 + up, p.n_kv - 1)] - first - 31),
+                                         (uint64_t)(int64_t)(pos[min(cell0 + down, p.n_kv - 1)] - first - 31) };
+#pragma unroll
+                for (int g = 0; g < GP; g++) {
+                    float s[2][2], c[2][2];
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const uint64_t turn = sm_turn[g*8 + quad*2 + j];
+                            sincos_turn(at[i]*turn - (uint64_t)((int64_t) turn >> 1), s[i][j], c[i][j]);
+                        }
+                    }
+                    turn_and_multiply(g, __floats2half2_rn(c[0][0], c[0][1]), __floats2half2_rn(c[1][0], c[1][1]),
+                        __floats2half2_rn(s[0][0], s[0][1]), __floats2half2_rn(s[1][0], s[1][1]));
+                }
+            }
+            if (quad < 2) {
+                const float2 fq = *(const float2 *)(sm_factor + wg*4 + quad*2);
+                const float2 fm = *(const float2 *)(sm_factor + 8 + wg*4 + quad*2);
+                const __half * scales = sm_kscale + slot*64;
+                float * to = sm_s + slot*64*8 + wg*4 + quad*2;
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int cell = i ? down : up;
+                    const float f = __half2float(scales[cell]);
+                    *(float2 *)(to + cell*8) = make_float2(f*fq.x*(sq[0][i*2] + sq[1][i*2]) + fm.x*(sm[0][i*2] + sm[1][i*2]),
+                                                           f*fq.y*(sq[0][i*2 + 1] + sq[1][i*2 + 1]) + fm.y*(sm[0][i*2 + 1] + sm[1][i*2 + 1]));
+                }
+            }
+            __syncwarp();
+            if (lane == 0) {
+                mbar_arrive(bar_s + slot*8);
+            }
+        };
+        mbar_wait(bar_dec + wg*8, 0);
+        multiply(0);
+        convert(0);
+        for (int t = 1; t < n_tile; t++) {
+            multiply(t);
+            score(t - 1);
+            convert(t);
+        }
+        score(n_tile - 1);
+    } else if (wg == 2) {
+        //
+        // Unpack keys
+        //
+        reg_free<40>();
+        const uint32_t part_bytes = a_bytes/C;
+        const int n_part = pad/32; // of 32 channels, four segments
+        for (int t = 0; t < n_tile; t++) {
+            const int slot = t & 1;
+            mbar_wait(bar_rows + slot*8, t >> 1 & 1);
+            if (t >= 2) {
+                mbar_wait(bar_a_free + slot*8, (t >> 1) - 1 & 1);
+            }
+            uint8_t * to = sm_a + slot*a_bytes + rank_block*part_bytes;
+            // a warp takes eight parts of four cells: so reads and writes both come to few places in the same bank
+#pragma unroll 1
+            for (int cells = warp*4; cells < 2*RUN; cells += 16) {
+                const int row = (cells & 4) + (lane & 3);
+                const int group = cells >> 3;                       // of eight cells: two after each other are at the same distance
+                const int distance = (group >> 1)*8 + row;
+                const uint8_t * from = sm_k + slot*k_bytes + (group & 1 ? run_bytes + (RUN - 1 - distance)*p.k.row_bytes : distance*p.k.row_bytes);
+                uint8_t * at = to + group*8*pad + row*16;
+#pragma unroll 1
+                for (int part = lane >> 2; part < n_part; part += 8) {
+                    uint2 seg[4];
+                    uint32_t w[4][3];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        seg[i] = sm_seg[part*4 + i];
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const uint32_t * words = (const uint32_t *)(from + (seg[i].x & 0xffff));
+                        w[i][0] = words[0];
+                        w[i][1] = words[1];
+                        w[i][2] = words[2];
+                    }
+                    uint32_t lo[4], hi[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const uint32_t bits = seg[i].x >> 24;
+                        const uint32_t shift = seg[i].x >> 16; // modulo 32
+                        const uint32_t bias = ~(seg[i].y >> 1) & 0x7f7f7f7fu; // 128 - 2^(bits - 1); anything where there are no codes
+                        const uint32_t x = __funnelshift_r(w[i][0], w[i][1], shift);
+                        const uint32_t y = __funnelshift_rc(x, __funnelshift_r(w[i][1], w[i][2], shift), bits*4);
+                        lo[i] = spread_s8(x, bits, seg[i].y, bias);
+                        hi[i] = spread_s8(y, bits, seg[i].y, bias);
+                    }
+                    *(uint4 *)(at + part*256) = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+                    *(uint4 *)(at + part*256 + 128) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+                }
+            }
+            fence_async();
+            bar_sync(1, 128);
+            if (tid == 0) {
+                mbar_expect(bar_a + slot*8, (C - 1)*part_bytes);
+#pragma unroll
+                for (int i = 1; i < C; i++) {
+                    const uint32_t other = (rank_block + i)%C;
+                    cluster_copy(cluster_map(smem_u32(to), other), smem_u32(to), part_bytes, cluster_map(bar_a + slot*8, other));
+                }
+                if (t + 2 < n_tile) {
+                    load_keys(t + 2);
+                }
+            }
+        }
+    } else if (wg == 3) {
+        reg_free<56>();
+        if (warp < 2) {
+            //
+            // Softmax: a thread has eight cells of a column
+            //
+            const int col = lane & 7;
+            const bool real = col%4 < col_head;
+            const int token = col%4/gqa;
+            const float slope = real ? alibi_slope(p.max_bias, p.n_head, (head0 + col/4)*gqa + col%4%gqa) : 1.0f;
+            const char * mask = p.mask ? (const char *) p.mask + stream*p.mask_nb_stream + (real ? token : 0)*p.mask_nb_token : nullptr;
+            float top = -INFINITY;
+            float sum = 0.0f;
+            float sum_v = 0.0f;
+            if (lane == 0) {
+                mbar_arrive(bar_q);
+                mbar_arrive(bar_q + 8);
+            }
+            for (int t = 0; t < n_tile; t++) {
+                const int tid = thread_now() & 63;
+                const int lane = tid & 31;
+                const int warp = tid >> 5;
+                const int col = tid & 7;
+                const int pair = tid >> 3; // of cells, and every eighth after
+                const int slot = t & 1;
+                const int left = real ? p.n_kv - (tile0 + t)*64 : 0;
+                const int cell0 = (tile0 + t)*64;
+                float m[8];
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    m[i] = (pair + i/2*8)*2 + i%2 < left ? 0.0f : -INFINITY;
+                }
+                if (mask && p.mask_f16) {
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        if (m[i] == 0.0f) {
+                            m[i] = __half2float(((const __half *) mask)[cell0 + (pair + i/2*8)*2 + i%2]);
+                        }
+                    }
+                } else if (mask) {
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        if (m[i] == 0.0f) {
+                            m[i] = ((const float *) mask)[cell0 + (pair + i/2*8)*2 + i%2];
+                        }
+                    }
+                }
+                mbar_wait(bar_s + slot*8, t >> 1 & 1);
+                if (p.softcap != 0.0f) {
+#pragma unroll 1
+                    for (int i = 0; i < 8; i++) { // not unrolled: instructions that most models never run would be in the others' way
+                        float * at = sm_s + (slot*64 + (pair + i/2*8)*2 + i%2)*8 + col;
+                        *at = p.softcap*tanhf(*at/p.softcap);
+                    }
+                }
+                float x[8];
+                float most = -INFINITY;
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    x[i] = sm_s[(slot*64 + (pair + i/2*8)*2 + i%2)*8 + col];
+                    x[i] = m[i] == -INFINITY ? -INFINITY : (x[i] + slope*m[i])*LOG2E;
+                    most = fmaxf(most, x[i]);
+                }
+                most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
+                most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
+                if (lane < 8) {
+                    sm_part[(slot*2 + warp)*8 + lane] = most;
+                }
+                bar_sync(2, 64);
+                const float old = top;
+                top = fmaxf(top, fmaxf(most, sm_part[(slot*2 + (warp ^ 1))*8 + col]));
+                const float base = top == -INFINITY ? 0.0f : top;
+                const float fix = top == old ? 1.0f : exp2_fast(old - base);
+                sum *= fix;
+                sum_v *= fix;
+                if (t >= 2) {
+                    mbar_wait(bar_p_free + slot*8, (t >> 1) - 1 & 1);
+                }
+                uint32_t * to = sm_p + (slot*C + rank_block)*P_WORDS;
+                const __half2 * scales = (const __half2 *)(sm_vscale + (t & 3)*64);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float2 f = __half22float2(scales[pair + i*8]);
+                    __half w[2];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const bool hidden = x[i*2 + j] == -INFINITY;
+                        const float e = hidden ? 0.0f : exp2_fast(x[i*2 + j] - base);
+                        sum += e;
+                        w[j] = __float2half_rn(hidden ? 0.0f : e*(j ? f.y : f.x)*P_SCALE);
+                        sum_v += __half2float(w[j]);
+                    }
+                    to[(pair/4 + i*2)*32 + col*4 + pair%4] = (uint32_t) __half_as_ushort(w[0]) | (uint32_t) __half_as_ushort(w[1]) << 16;
+                }
+                if (tid < 8) {
+                    to[32*8 + tid] = __float_as_uint(fix);
+                }
+                fence_async();
+                bar_sync(2, 64);
+                if (lane == 0) {
+                    mbar_arrive(bar_q + slot*8); // scores may come to stand where these were
+                }
+                if (tid == 0) {
+                    mbar_expect(bar_p + slot*8, (C - 1)*P_WORDS*4);
+#pragma unroll
+                    for (int i = 1; i < C; i++) {
+                        const uint32_t other = (rank_block + i)%C;
+                        cluster_copy(cluster_map(smem_u32(to), other), smem_u32(to), P_WORDS*4, cluster_map(bar_p + slot*8, other));
+                    }
+                }
+            }
+            sum += __shfl_xor_sync(0xffffffff, sum, 8);
+            sum += __shfl_xor_sync(0xffffffff, sum, 16);
+            sum_v += __shfl_xor_sync(0xffffffff, sum_v, 8);
+            sum_v += __shfl_xor_sync(0xffffffff, sum_v, 16);
+            if (lane < 8) {
+                sm_part[32 + warp*8 + lane] = sum;
+                sm_part[48 + warp*8 + lane] = sum_v;
+            }
+            bar_sync(2, 64);
+            if (tid < 8 && real) {
+                const int qh = (head0 + col/4)*gqa + col%4%gqa;
+                const int64_t row = ((int64_t) stream*p.n_token + token)*p.n_head + qh;
+                *(float4 *)(p.partial + (row*p.n_chunk + blockIdx.x)*(4 + p.rank_stride)) = make_float4(top,
+                    sm_part[32 + tid] + sm_part[40 + tid], (sm_part[48 + tid] + sm_part[56 + tid])*(1.0f/P_SCALE), 0.0f);
+            }
+        } else {
+            //
+            // What a tile needs: queries and means turned, scales, whether positions are consecutive. A warp has half of the pairs
+            //
+            const int cell = tid & 63;
+            float2 vec[2][4][2]; // [queries, means][blocks of 8 pairs][pairs], column l4
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+#pragma unroll
+                for (int g = 0; g < 4; g++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        vec[j][g][i] = sm_vec[(j*8 + l4)*(HD/2) + ((warp - 2)*4 + g)*8 + quad*2 + i];
+                    }
+                }
+            }
+            bar_sync(4, 64); // queries come to where they were
+            const int32_t * pos_at = pos + tile0*64;
+            int first_pos = 0;
+            int next_pos = 0;
+            uint32_t next_k = 0;
+            uint32_t next_v = 0;
+            auto ask = [&](int t) {
+                const int left = p.n_kv - (tile0 + t)*64;
+                if (left > 0) {
+                    first_pos = pos_at[t*64];
+                    if (cell < left) {
+                        const int64_t row = (tile0 + t)*64 + cell;
+                        next_pos = pos_at[t*64 + cell];
+                        next_k = *(const uint16_t *)(rows_k + row*p.k.row_bytes + gk.row_offset);
+                        next_v = *(const uint16_t *)(rows_v + row*p.v.row_bytes + gv.row_offset);
+                    }
+                }
+            };
+            ask(0);
+            for (int t = 0; t < n_tile; t++) {
+                const int slot = t & 1;
+                const int consecutive = __all_sync(0xffffffff, next_pos == first_pos + cell || (tile0 + t)*64 + cell >= p.n_kv);
+                const int middle = first_pos + 31;
+                if (t >= 2) {
+                    mbar_wait(bar_s + slot*8, (t >> 1) - 1 & 1);
+                }
+                sm_kscale[slot*64 + cell] = __ushort_as_half((unsigned short) next_k);
+                sm_vscale[(t & 3)*64 + cell] = __ushort_as_half((unsigned short) next_v);
+                if (lane == 0) {
+                    sm_regular[slot*2 + warp - 2] = consecutive;
+                }
+                ask(t + 1);
+                uint2 * to = sm_q + slot*2*2*GP*16 + ((l4 >> 2)*GP + (warp - 2)*4)*16 + (l4 & 3)*4 + quad;
+#pragma unroll
+                for (int g = 0; g < 4; g++) {
+                    const ulonglong2 turn = *(const ulonglong2 *)(sm_turn + ((warp - 2)*4 + g)*8 + quad*2);
+                    float s[2], c[2];
+                    sincos_turn((uint64_t)(int64_t) middle*turn.x + (uint64_t)((int64_t) turn.x >> 1), s[0], c[0]);
+                    sincos_turn((uint64_t)(int64_t) middle*turn.y + (uint64_t)((int64_t) turn.y >> 1), s[1], c[1]);
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        float a[2], b[2];
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            a[i] = vec[j][g][i].x*c[i] + vec[j][g][i].y*s[i];
+                            b[i] = vec[j][g][i].y*c[i] - vec[j][g][i].x*s[i];
+                        }
+                        to[(j*2*GP + g)*16] = make_uint2(pack_f16(a[0], a[1]), pack_f16(b[0], b[1]));
+                    }
+                }
+                __syncwarp();
+                if (lane == 0) {
+                    mbar_arrive(bar_q + slot*8);
+                }
+            }
+        }
+    } else {
+        //
+        // Values: segments of eight channels are dealt to blocks, then to warps, then to up to eight times four threads
+        //
+        reg_alloc<112>();
+        const int n_seg = gv.rank/8;
+        const int block_segs = (n_seg + C - 1)/C;
+        const int warp_segs = (block_segs + 3)/4;
+        const int seg_first = rank_block*block_segs;
+        const int seg_end = min(n_seg, seg_first + block_segs);
+        const int my_seg = seg_first + warp*warp_segs + l4;
+        const bool mine = l4 < warp_segs && my_seg < seg_end;
+        const uint32_t start = (seg_first < seg_end ? p.v.segs[gv.seg0 + seg_first] & 0xffffff : gv.row_offset) & ~3u;
+        const uint32_t last = seg_first < seg_end ? p.v.segs[gv.seg0 + seg_end - 1] : gv.row_offset;
+        const uint32_t seg = mine ? p.v.segs[gv.seg0 + my_seg] : start;
+        const uint32_t bits = seg >> 24;
+        const uint32_t at = (seg & 0xffffff) - start;
+        const uint32_t seg_at = at & ~3u;
+        const uint32_t shift = (at & 3)*8;
+        const uint32_t ones = ((1u << bits) - 1)*0x00010001u;
+        const bool small = __all_sync(0xffffffff, bits <= 4);
+        // a thread copies the same 16 bytes of two of a stage's rows, which land at the same place modulo 16 as they have in memory
+        const uint32_t stride = p.v_stage_words*4;
+        const uint32_t v8 = 8*p.v.row_bytes;
+        const uint8_t * source = rows_v + (int64_t)(tile0*64 + (tid >> 4))*p.v.row_bytes + start;
+        const uint32_t source_at = (uint32_t)(uintptr_t) source & 15;
+        const bool copies = (tid & 15)*16 < source_at + (last & 0xffffff) + (last >> 24) - start;
+        source += (tid & 15)*16 - (int) source_at;
+        const uint32_t target = smem_u32(sm_v) + (tid >> 4)*stride + (tid & 15)*16;
+        int staged = tile0*64; // cell that comes next
+        uint32_t stage_at = 0;
+        auto stage = [&]() {
+            const int n = p.n_kv - staged;
+            if (copies && staged < tile0*64 + n_tile*64) {
+                const uint32_t to = target + stage_at;
+                if (n >= 2*VT) {
+                    cp_async16_cg(to, source);
+                    cp_async16_cg(to + 8*stride, source + v8);
+                } else { // memory may end there
+                    const uint8_t * end = rows_v + (int64_t) p.n_kv*p.v.row_bytes;
+                    for (int i = 0; i < 2; i++) {
+                        for (int j = 0; j < 16 && (tid >> 4) + i*8 < n && source + i*v8 + j < end; j += 4) {
+                            *(uint32_t *)(sm_v + (to - smem_u32(sm_v)) + i*8*stride + j) = *(const uint32_t *)(source + i*v8 + j);
+                        }
+                    }
+                }
+            }
+            cp_async_commit();
+            source += 2*v8;
+            staged += VT;
+            stage_at = stage_at == (VSTAGES - 1)*v_bytes ? 0 : stage_at + v_bytes;
+        };
+        stage();
+        stage();
+        // where this thread's cells stand in a stage; the same for all, because 16 rows are a multiple of 16 bytes
+        uint32_t my_row[2][2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int c = quad*2 + j*8 + i;
+                my_row[j][i] = c*p.v_stage_words*4 + ((uint32_t)((uintptr_t) rows_v + c*p.v.row_bytes + start) & 12) + seg_at;
+            }
+        }
+        float u[4][4*C] = {};
+        const uint64_t desc_p = (uint64_t)(smem_u32(sm_p) >> 4 & 0x3fff) | (uint64_t)(128 >> 4) << 16 | (uint64_t)(P_WORDS*4 >> 4) << 32;
+        const uint32_t free_at = lane < C ? cluster_map(bar_p_free, lane) : 0;
+        const uint8_t * rows = sm_v;
+        for (int t = 0; t < n_tile; t++) {
+            const int slot = t & 1;
+            const uint32_t * weights = sm_p + slot*C*P_WORDS;
+            mbar_wait(bar_p + slot*8, t >> 1 & 1);
+            float2 fix[C];
+            bool any = false;
+#pragma unroll
+            for (int n = 0; n < C; n++) {
+                fix[n] = *(const float2 *)(weights + n*P_WORDS + 32*8 + quad*2);
+                any |= fix[n].x != 1.0f || fix[n].y != 1.0f;
+            }
+            if (__any_sync(0xffffffff, any)) {
+#pragma unroll
+                for (int n = 0; n < C; n++) {
+#pragma unroll
+                    for (int m = 0; m < 4; m++) {
+                        u[m][n*4 + 0] *= fix[n].x;
+                        u[m][n*4 + 1] *= fix[n].y;
+                        u[m][n*4 + 2] *= fix[n].x;
+                        u[m][n*4 + 3] *= fix[n].y;
+                    }
+                }
+            }
+#pragma unroll 1
+            for (int half = 0; half < 4; half += 2)
+#pragma unroll
+            for (int kb = half; kb < half + 2; kb++) {
+                cp_async_wait<1>();
+                bar_sync(3, 128); // the stage is here, and the one before has been used
+                stage();
+                uint32_t y[4][2]; // codes 2m and 2m + 1 of two cells
+                if (small) { // all eight codes within one word
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        uint32_t lo[2];
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const uint32_t * at4 = (const uint32_t *)(rows + my_row[j][i]);
+                            lo[i] = __funnelshift_r(at4[0], at4[1], shift);
+                        }
+                        y[0][j] = __byte_perm(lo[0], lo[1], 0x5410);
+                        y[2][j] = __byte_perm(lo[0] >> 4*bits, lo[1] >> 4*bits, 0x5410);
+                        y[1][j] = y[0][j] >> 2*bits;
+                        y[3][j] = y[2][j] >> 2*bits;
+                    }
+                } else {
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        uint32_t lo[2], hi[2];
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const uint32_t * at4 = (const uint32_t *)(rows + my_row[j][i]);
+                            const uint32_t w1 = at4[1];
+                            lo[i] = __funnelshift_r(at4[0], w1, shift);
+                            hi[i] = __funnelshift_rc(lo[i], __funnelshift_r(w1, at4[2], shift), bits*4);
+                        }
+                        y[0][j] = __byte_perm(lo[0], lo[1], 0x5410);
+                        y[1][j] = __byte_perm(lo[0] >> 2*bits, lo[1] >> 2*bits, 0x5410);
+                        y[2][j] = __byte_perm(hi[0], hi[1], 0x5410);
+                        y[3][j] = __byte_perm(hi[0] >> 2*bits, hi[1] >> 2*bits, 0x5410);
+                    }
+                }
+                uint32_t a[4][4];
+                if (kb > half) {
+                    wgmma_wait<0>();
+                }
+#pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    a[m][0] = y[m][0] & ones;
+                    a[m][1] = y[m][0] >> bits & ones;
+                    a[m][2] = y[m][1] & ones;
+                    a[m][3] = y[m][1] >> bits & ones;
+                }
+                wgmma_fence();
+#pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    wgmma_f16(u[m], a[m], desc_p + ((slot*C*P_WORDS*4 + kb*256) >> 4));
+                }
+                wgmma_commit();
+                if (kb > half) {
+                    wgmma_wait<0>();
+                }
+                rows = rows == sm_v + (VSTAGES - 1)*v_bytes ? sm_v : rows + v_bytes;
+            }
+            if (lane < C) {
+                mbar_arrive_at(free_at + slot*8);
+            }
+        }
+        if (mine) {
+            constexpr float f = 16777216.0f/P_SCALE;
+#pragma unroll
+            for (int n = 0; n < C; n++) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const int c = quad*2 + j;
+                    if (c%4 < col_head) {
+                        const int64_t row = ((int64_t) stream*p.n_token + c%4/gqa)*p.n_head + (n*2 + c/4)*gqa + c%4%gqa;
+                        float2 * to = (float2 *)(p.partial + (row*p.n_chunk + blockIdx.x)*(4 + p.rank_stride) + 4 + my_seg*8);
+#pragma unroll
+                        for (int m = 0; m < 4; m++) {
+                            to[m] = make_float2(u[m][n*4 + j]*f, u[m][n*4 + 2 + j]*f);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    cluster_sync(); // no block is gone while another writes to it
+}
+
+#endif
+
+#ifdef PALU_SM90
+extern "C" __global__ void __cluster_dims__(1, PALU_CUDA_CLUSTER, 1) __launch_bounds__(640, 1) palu_decode_sm90_cluster(const __grid_constant__ palu_cuda_attn p) {
+    decode_sm90_cluster(p);
+}
+#else
+extern "C" __global__ void palu_decode_sm90_cluster(const __grid_constant__ palu_cuda_attn p) {}
+#endif
