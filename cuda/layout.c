@@ -11,7 +11,7 @@ const size_t palu_cuda_layout[] = {
     sizeof(palu_cuda_store),   offsetof(palu_cuda_store, latent),      offsetof(palu_cuda_store, n_token),
     sizeof(palu_cuda_rebuild), offsetof(palu_cuda_rebuild, out),       offsetof(palu_cuda_rebuild, stages),
     sizeof(palu_cuda_recent),  offsetof(palu_cuda_recent, out),        offsetof(palu_cuda_recent, max_bias),
-    sizeof(palu_cuda_append),  offsetof(palu_cuda_append, out),        offsetof(palu_cuda_append, n_token),
+    sizeof(palu_cuda_prepend), offsetof(palu_cuda_prepend, out),       offsetof(palu_cuda_prepend, n_token),
     sizeof(palu_cuda_device),  offsetof(palu_cuda_device, n_cluster),  sizeof(palu_cuda_launch),        offsetof(palu_cuda_launch, smem),
 };
 

@@ -130,7 +130,7 @@ typedef struct palu_cuda_rebuild {
     const uint8_t * rows;       // [n_stream][n_kv][row_bytes], 16-byte aligned
     int64_t         rows_nb_stream;
     const int32_t * pos;        // [n_stream][n_kv], or NULL with rope.pair_dim NULL
-    uint16_t      * out;        // f16 [n_stream][n_out][n_head_kv][head_dim], of which the first n_kv cells are written
+    uint16_t      * out;        // f16 [n_stream][n_out][n_head_kv][head_dim], of which the first n_kv cells from here on are written
     int32_t         n_stream;
     int32_t         n_kv;
     int32_t         n_out;
@@ -168,21 +168,21 @@ typedef struct palu_cuda_recent {
     float           max_bias;
 } palu_cuda_recent;
 
-// What stands behind rebuilt rows: slots, tokens, zeros. head_dim is even.
-typedef struct palu_cuda_append {
+// What stands before rebuilt rows: slots, tokens, zeros. head_dim is even.
+typedef struct palu_cuda_prepend {
     const uint16_t * slots;        // f16 [n_stream][n_slot][n_head_kv][head_dim]
     const float    * cur;          // [n_stream*n_token][n_head_kv][head_dim], strides in bytes
     int64_t          cur_nb_head;
     int64_t          cur_nb_token;
-    uint16_t       * out;          // f16 [n_stream][n_out][n_head_kv][head_dim], written from cell n_kv on
+    uint16_t       * out;          // f16 [n_stream][n_out][n_head_kv][head_dim], of which the first n_more cells are written
     int32_t          n_head_kv;
     int32_t          head_dim;
     int32_t          n_stream;
-    int32_t          n_kv;
+    int32_t          n_more;
     int32_t          n_out;
     int32_t          n_slot;
     int32_t          n_token;
-} palu_cuda_append;
+} palu_cuda_prepend;
 
 // Kernels (extern "C"; the struct is the only parameter, passed by value):
 //   palu_project      (palu_cuda_store)  any shape; grid (ceil(rank_max/8), n_group, ceil(n_token/PALU_CUDA_PROJECT_TOKENS)), 256 threads
@@ -212,7 +212,7 @@ typedef struct palu_cuda_append {
 //                                   dynamic shared memory 4*(max(4096, rank_stride + 32) + rank_stride + 32 + n_chunk) bytes
 
 //   palu_recent  (palu_cuda_recent) grid (n_head_kv, n_stream, n_token), 256 threads, dynamic shared memory palu_cuda_recent_smem()
-//   palu_append  (palu_cuda_append) grid (n_out - n_kv, n_stream), 256 threads
+//   palu_prepend  (palu_cuda_prepend) grid (n_more, n_stream), 256 threads
 //   palu_rebuild_{keys,values}_{128,64,32}(palu_cuda_rebuild)  so many cells per block, 256 threads; side.dec_half must be set
 //   palu_rebuild_sm90_{keys,values}_{128,64}                   the same on sm_90a
 //
@@ -240,7 +240,7 @@ int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, 
 int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]);
 
 int palu_cuda_plan_recent (const palu_cuda_recent * p, palu_cuda_launch out[1]);
-int palu_cuda_plan_append (const palu_cuda_append * p, palu_cuda_launch out[1]);
+int palu_cuda_plan_prepend (const palu_cuda_prepend * p, palu_cuda_launch out[1]);
 
 // 1 if attention of this shape is to read the rows, 0 if they are to be rebuilt first.
 int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p);

@@ -408,10 +408,10 @@ int palu_cuda_plan_recent(const palu_cuda_recent * p, palu_cuda_launch out[1]) {
     return 0;
 }
 
-int palu_cuda_plan_append(const palu_cuda_append * p, palu_cuda_launch out[1]) {
+int palu_cuda_plan_prepend(const palu_cuda_prepend * p, palu_cuda_launch out[1]) {
     if (p->head_dim%2) {
         return -1;
     }
-    out[0] = (palu_cuda_launch) { "palu_append", { (uint32_t) (p->n_out - p->n_kv), (uint32_t) p->n_stream, 1 }, 256, 0 };
+    out[0] = (palu_cuda_launch) { "palu_prepend", { (uint32_t) p->n_more, (uint32_t) p->n_stream, 1 }, 256, 0 };
     return 0;
 }

@@ -162,13 +162,13 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
     }
 }
 
-// What follows rebuilt rows: slots, tokens, zeros. A block per cell and stream.
-extern "C" __global__ void __launch_bounds__(256) palu_append(const __grid_constant__ palu_cuda_append p) {
+// What comes before rebuilt rows: slots, tokens, zeros. A block per cell and stream.
+extern "C" __global__ void __launch_bounds__(256) palu_prepend(const __grid_constant__ palu_cuda_prepend p) {
     grid_next();
     const int i = blockIdx.x;
     const int stream = blockIdx.y;
     const int n = p.n_head_kv*p.head_dim;
-    __half2 * out = (__half2 *)(p.out + ((int64_t) stream*p.n_out + p.n_kv + i)*n);
+    __half2 * out = (__half2 *)(p.out + ((int64_t) stream*p.n_out + i)*n);
     const __half2 * slot = (const __half2 *)(p.slots + ((int64_t) stream*p.n_slot + i)*n);
     const char * cur = (const char *) p.cur + ((int64_t) stream*p.n_token + i - p.n_slot)*p.cur_nb_token;
     grid_wait();

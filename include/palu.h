@@ -222,12 +222,12 @@ palu_status palu_recent(const palu_recent_params * params, int32_t ith, int32_t 
 
 // Rebuilds rows as the f16 cache that they stand for: keys rotated by the cells' positions, values as they are. For a
 // runtime whose own attention is the faster one where many query tokens share a context. Slots and tokens of
-// palu_recent_params can be had behind the rows, to be told apart by a mask.
+// palu_recent_params can be had in front of the rows, to be told apart by a mask.
 typedef struct palu_rebuild_params {
     const uint8_t * rows;           // [n_stream][n_kv][row_bytes], rows contiguous within a stream
     size_t          rows_nb_stream; // stride between streams
     const int32_t * pos;            // [n_stream][n_kv] position of each cell, contiguous; only for keys
-    uint16_t      * out;            // f16 [n_stream][n_kv + n_slot + n_token + n_pad][n_head_kv][head_dim], contiguous
+    uint16_t      * out;            // f16 [n_stream][n_slot + n_token + n_pad + n_kv][n_head_kv][head_dim], contiguous
     int32_t         n_stream;
     int32_t         n_kv;
     int32_t         side;           // palu_side
@@ -237,7 +237,7 @@ typedef struct palu_rebuild_params {
     size_t          cur_nb_token;
     int32_t         n_slot;
     int32_t         n_token;        // per stream
-    int32_t         n_pad;          // cells of zeros at the end
+    int32_t         n_pad;          // cells of zeros before the rows
 } palu_rebuild_params;
 
 palu_status palu_rebuild(const palu_layer * layer, const palu_rebuild_params * params, int32_t ith, int32_t nth);

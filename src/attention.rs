@@ -87,19 +87,19 @@ pub struct RebuildParams {
     pub rows_nb_stream: usize,
     /// `[n_stream][n_kv]`; only read for keys
     pub pos: *const i32,
-    /// f16 `[n_stream][n_kv + n_slot + n_token + n_pad][n_head_kv][head_dim]`
+    /// f16 `[n_stream][n_slot + n_token + n_pad + n_kv][n_head_kv][head_dim]`
     pub out: *mut u16,
     pub n_stream: usize,
     pub n_kv: usize,
-    /// f16 `[n_stream][n_slot][n_head_kv][head_dim]`, follow the rows
+    /// f16 `[n_stream][n_slot][n_head_kv][head_dim]`, come before the rows
     pub slots: *const u16,
     pub n_slot: usize,
-    /// `[n_stream*n_token][n_head_kv][head_dim]`, keys rotated, follow these; strides in bytes
+    /// `[n_stream*n_token][n_head_kv][head_dim]`, keys rotated, come next; strides in bytes
     pub cur: *const f32,
     pub cur_nb_head: usize,
     pub cur_nb_token: usize,
     pub n_token: usize,
-    /// zeros follow
+    /// cells of zeros between these and the rows
     pub n_pad: usize,
 }
 
@@ -110,7 +110,7 @@ impl RebuildParams {
         Self { rows, rows_nb_stream, pos, out, n_stream, n_kv, slots, n_slot: 0, cur, cur_nb_head: 0, cur_nb_token: 0, n_token: 0, n_pad: 0 }
     }
 
-    /// Cells of a stream after the rows.
+    /// Cells of a stream before the rows.
     pub fn n_more(&self) -> usize {
         self.n_slot + self.n_token + self.n_pad
     }
@@ -488,7 +488,7 @@ impl AttnLayer {
                             }
                         }
                     }
-                    let to = at + stream * p.n_more();
+                    let to = at + (stream + 1) * p.n_more();
                     let out = std::slice::from_raw_parts_mut(p.out.add(to * n_head * dim), n_head * dim);
                     for (to, &from) in out.iter_mut().zip(cell.iter()) {
                         *to = half::f16::from_f32(from).to_bits();
@@ -498,7 +498,7 @@ impl AttnLayer {
         }
         for unit in (ith..p.n_stream * p.n_more()).step_by(nth) {
             let (stream, i) = (unit / p.n_more(), unit % p.n_more());
-            let to = (stream * (p.n_kv + p.n_more()) + p.n_kv + i) * n_head * dim;
+            let to = (stream * (p.n_more() + p.n_kv) + i) * n_head * dim;
             // SAFETY: the caller's promise
             unsafe {
                 let out = std::slice::from_raw_parts_mut(p.out.add(to), n_head * dim);

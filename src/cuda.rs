@@ -171,7 +171,7 @@ mod abi {
 
     #[repr(C)]
     #[derive(Clone, Copy, Debug)]
-    pub struct Append {
+    pub struct Prepend {
         pub slots: *const u16,
         pub cur: *const f32,
         pub cur_nb_head: i64,
@@ -180,7 +180,7 @@ mod abi {
         pub n_head_kv: i32,
         pub head_dim: i32,
         pub n_stream: i32,
-        pub n_kv: i32,
+        pub n_more: i32,
         pub n_out: i32,
         pub n_slot: i32,
         pub n_token: i32,
@@ -229,7 +229,7 @@ mod abi {
             out: *mut Launch,
         ) -> i32;
         pub fn palu_cuda_plan_recent(p: *const Recent, out: *mut Launch) -> i32;
-        pub fn palu_cuda_plan_append(p: *const Append, out: *mut Launch) -> i32;
+        pub fn palu_cuda_plan_prepend(p: *const Prepend, out: *mut Launch) -> i32;
         pub fn palu_cuda_tile_keys(
             side: *const Side,
             groups: *const Group,
@@ -740,7 +740,8 @@ impl CudaLayer {
             rows: p.rows,
             rows_nb_stream: p.rows_nb_stream as i64,
             pos: p.pos,
-            out: p.out,
+            // what comes before the rows is written by another kernel
+            out: p.out.wrapping_add(p.n_more() * self.n_head_kv() * self.sides[side as usize].head_dim as usize),
             n_stream: int(p.n_stream)?,
             n_kv: int(p.n_kv)?,
             n_out: int(p.n_kv + p.n_more())?,
@@ -772,7 +773,7 @@ impl CudaLayer {
         if p.n_more() == 0 {
             return Ok(());
         }
-        let mut more = abi::Append {
+        let mut more = abi::Prepend {
             slots: p.slots,
             cur: p.cur,
             cur_nb_head: p.cur_nb_head as i64,
@@ -781,14 +782,14 @@ impl CudaLayer {
             n_head_kv: rows.side.n_head_kv,
             head_dim: rows.side.head_dim,
             n_stream: rows.n_stream,
-            n_kv: rows.n_kv,
+            n_more: int(p.n_more())?,
             n_out: rows.n_out,
             n_slot: int(p.n_slot)?,
             n_token: int(p.n_token)?,
         };
         let mut launch = Launch::NONE;
         // SAFETY: plain data
-        ensure!(unsafe { palu_cuda_plan_append(&more, &mut launch) } == 0, "heads of {} dimensions cannot be appended", more.head_dim);
+        ensure!(unsafe { palu_cuda_plan_prepend(&more, &mut launch) } == 0, "heads of {} dimensions cannot be copied", more.head_dim);
         // SAFETY: the caller's promise
         unsafe { self.device.launch(&launch, &mut more, stream) }
     }
@@ -982,9 +983,9 @@ mod tests {
             size_of::<abi::Recent>(),
             offset_of!(abi::Recent, out),
             offset_of!(abi::Recent, max_bias),
-            size_of::<abi::Append>(),
-            offset_of!(abi::Append, out),
-            offset_of!(abi::Append, n_token),
+            size_of::<abi::Prepend>(),
+            offset_of!(abi::Prepend, out),
+            offset_of!(abi::Prepend, n_token),
             size_of::<DeviceInfo>(),
             offset_of!(DeviceInfo, n_cluster),
             size_of::<Launch>(),
