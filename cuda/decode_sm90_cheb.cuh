@@ -894,7 +894,6 @@ template <int GF, int NS> static __device__ __forceinline__ void decode_sm90_che
         const uint32_t bits = seg >> 24;
         const uint32_t seg_shift = ((seg & 0xffffff) - (v_offset & ~3) & 3)*8;
         const bool small = __all_sync(0xffffffff, bits <= 4); // all of the warp's segments
-        const uint32_t ones = ((1u << bits) - 1)*0x00010001u;
         // where this thread's segment of its cells stands in a stage; the same for every step, because 32 rows are a multiple of 16 bytes
         uint32_t my_seg[2]; // of cells 2*quad and 2*quad + 1; eight rows on, a row's place modulo 16 bytes is the same
 #pragma unroll
@@ -942,57 +941,11 @@ template <int GF, int NS> static __device__ __forceinline__ void decode_sm90_che
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
                     uint32_t x[8][2];
-                    if (small) {
-                        // all eight codes within one word; every other code is left where it is, 2^bits times as large
-                        const uint32_t ones1 = ones << bits;
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            uint32_t lo[2];
-#pragma unroll
-                            for (int i = 0; i < 2; i++) {
-                                const uint32_t * w = (const uint32_t *)(smem + at[i]);
-                                at[i] += 8*p.v_stage_words*4;
-                                lo[i] = __funnelshift_r(w[0], w[1], seg_shift);
-                            }
-                            const uint32_t y0 = __byte_perm(lo[0], lo[1], 0x5410);
-                            const uint32_t y1 = __byte_perm(lo[0] >> 4*bits, lo[1] >> 4*bits, 0x5410);
-                            const uint32_t z0 = y0 >> 2*bits;
-                            const uint32_t z1 = y1 >> 2*bits;
-                            x[0][j] = y0 & ones;
-                            x[1][j] = y0 & ones1;
-                            x[2][j] = z0 & ones;
-                            x[3][j] = z0 & ones1;
-                            x[4][j] = y1 & ones;
-                            x[5][j] = y1 & ones1;
-                            x[6][j] = z1 & ones;
-                            x[7][j] = z1 & ones1;
-                        }
-                    } else {
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            uint32_t lo[2], hi4[2];
-#pragma unroll
-                            for (int i = 0; i < 2; i++) {
-                                const uint32_t * w = (const uint32_t *)(smem + at[i]);
-                                at[i] += 8*p.v_stage_words*4;
-                                const uint32_t w1 = w[1];
-                                lo[i] = __funnelshift_r(w[0], w1, seg_shift);
-                                hi4[i] = __funnelshift_rc(lo[i], __funnelshift_r(w1, w[2], seg_shift), bits*4);
-                            }
-                            const uint32_t y0 = __byte_perm(lo[0], lo[1], 0x5410);
-                            const uint32_t y1 = __byte_perm(lo[0] >> 2*bits, lo[1] >> 2*bits, 0x5410);
-                            const uint32_t y2 = __byte_perm(hi4[0], hi4[1], 0x5410);
-                            const uint32_t y3 = __byte_perm(hi4[0] >> 2*bits, hi4[1] >> 2*bits, 0x5410);
-                            x[0][j] = y0 & ones;
-                            x[1][j] = y0 >> bits & ones;
-                            x[2][j] = y1 & ones;
-                            x[3][j] = y1 >> bits & ones;
-                            x[4][j] = y2 & ones;
-                            x[5][j] = y2 >> bits & ones;
-                            x[6][j] = y3 & ones;
-                            x[7][j] = y3 >> bits & ones;
-                        }
-                    }
+                    value_codes(x, small, bits, seg_shift, [&](int, int i) {
+                        const uint32_t * words = (const uint32_t *)(smem + at[i]);
+                        at[i] += 8*p.v_stage_words*4;
+                        return words;
+                    });
 #pragma unroll
                     for (int m = 0; m < 4; m++) {
                         mma_f16(acc[m], x[m*2][0], x[m*2 + 1][0], x[m*2][1], x[m*2 + 1][1], weight[k][0], weight[k][1]);

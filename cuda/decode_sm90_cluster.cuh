@@ -770,38 +770,8 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 cp_async_wait<1>();
                 bar_sync(3, 128); // the stage is here, and the one before has been used
                 stage();
-                uint32_t y[4][2]; // codes 2m and 2m + 1 of two cells
-                if (small) { // all eight codes within one word
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        uint32_t lo[2];
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const uint32_t * at4 = (const uint32_t *)(rows + my_row[j][i]);
-                            lo[i] = __funnelshift_r(at4[0], at4[1], shift);
-                        }
-                        y[0][j] = __byte_perm(lo[0], lo[1], 0x5410);
-                        y[2][j] = __byte_perm(lo[0] >> 4*bits, lo[1] >> 4*bits, 0x5410);
-                        y[1][j] = y[0][j] >> 2*bits;
-                        y[3][j] = y[2][j] >> 2*bits;
-                    }
-                } else {
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        uint32_t lo[2], hi[2];
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const uint32_t * at4 = (const uint32_t *)(rows + my_row[j][i]);
-                            const uint32_t w1 = at4[1];
-                            lo[i] = __funnelshift_r(at4[0], w1, shift);
-                            hi[i] = __funnelshift_rc(lo[i], __funnelshift_r(w1, at4[2], shift), bits*4);
-                        }
-                        y[0][j] = __byte_perm(lo[0], lo[1], 0x5410);
-                        y[1][j] = __byte_perm(lo[0] >> 2*bits, lo[1] >> 2*bits, 0x5410);
-                        y[2][j] = __byte_perm(hi[0], hi[1], 0x5410);
-                        y[3][j] = __byte_perm(hi[0] >> 2*bits, hi[1] >> 2*bits, 0x5410);
-                    }
-                }
+                uint32_t y[4][2];
+                value_code_pairs(y, small, bits, shift, [&](int j, int i) { return (const uint32_t *)(rows + my_row[j][i]); });
                 uint32_t a[4][4];
                 if (kb > half) {
                     wgmma_wait<0>();

@@ -582,38 +582,8 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
                     const uint32_t bits = seg0 >> 24;
                     const uint32_t from = seg0 & 0xfffffc;
                     const uint32_t ones = ((1u << bits) - 1)*0x00010001u;
-                    uint32_t y[4][2]; // codes 2m and 2m + 1 of two cells
-                    if (small) { // all eight codes within one word
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            uint32_t lo[2];
-#pragma unroll
-                            for (int i = 0; i < 2; i++) {
-                                const uint32_t * at4 = (const uint32_t *)(row[j][i] + from);
-                                lo[i] = __funnelshift_r(at4[0], at4[1], seg0*8);
-                            }
-                            y[0][j] = __byte_perm(lo[0], lo[1], 0x5410);
-                            y[2][j] = __byte_perm(lo[0] >> 4*bits, lo[1] >> 4*bits, 0x5410);
-                            y[1][j] = y[0][j] >> 2*bits;
-                            y[3][j] = y[2][j] >> 2*bits;
-                        }
-                    } else {
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            uint32_t lo[2], hi[2];
-#pragma unroll
-                            for (int i = 0; i < 2; i++) {
-                                const uint32_t * at4 = (const uint32_t *)(row[j][i] + from);
-                                const uint32_t w1 = at4[1];
-                                lo[i] = __funnelshift_r(at4[0], w1, seg0*8);
-                                hi[i] = __funnelshift_rc(lo[i], __funnelshift_r(w1, at4[2], seg0*8), bits*4);
-                            }
-                            y[0][j] = __byte_perm(lo[0], lo[1], 0x5410);
-                            y[1][j] = __byte_perm(lo[0] >> 2*bits, lo[1] >> 2*bits, 0x5410);
-                            y[2][j] = __byte_perm(hi[0], hi[1], 0x5410);
-                            y[3][j] = __byte_perm(hi[0] >> 2*bits, hi[1] >> 2*bits, 0x5410);
-                        }
-                    }
+                    uint32_t y[4][2];
+                    value_code_pairs(y, small, bits, seg0*8, [&](int j, int i) { return (const uint32_t *)(row[j][i] + from); });
 #pragma unroll
                     for (int m = 0; m < 4; m++) {
                         const uint32_t x0 = y[m][0] & ones;
