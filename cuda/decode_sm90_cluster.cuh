@@ -9,7 +9,7 @@
 //              keys of the one before are rotated, and scores made, from registers
 //   unpack     codes of keys to bytes, as wgmma reads them
 //   others     two warps make the softmax of both heads, two what else a tile needs: queries turned, scales
-//   value      summed as codes by mma as in decode_sm90.cuh
+//   value      summed as codes as in decode_sm90.cuh, but by wgmma, with weights from shared memory
 //
 // RoPE: queries are turned back by the position of the middle of a tile, between two cells. Cells at the same distance before and
 // after it have the same cosines and opposite sines, so that a thread that has both needs half of the table. While positions are
@@ -764,35 +764,36 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 }
             }
 #pragma unroll 1
-            for (int half = 0; half < 4; half += 2)
+            for (int half = 0; half < 4; half += 2) { // a step is unpacked while the one before is multiplied, but for every other one
 #pragma unroll
-            for (int kb = half; kb < half + 2; kb++) {
-                cp_async_wait<1>();
-                bar_sync(3, 128); // the stage is here, and the one before has been used
-                stage();
-                uint32_t y[4][2];
-                value_code_pairs(y, small, bits, shift, [&](int j, int i) { return (const uint32_t *)(rows + my_row[j][i]); });
-                uint32_t a[4][4];
-                if (kb > half) {
-                    wgmma_wait<0>();
-                }
+                for (int kb = half; kb < half + 2; kb++) {
+                    cp_async_wait<1>();
+                    bar_sync(3, 128); // the stage is here, and the one before has been used
+                    stage();
+                    uint32_t y[4][2];
+                    value_code_pairs(y, small, bits, shift, [&](int j, int i) { return (const uint32_t *)(rows + my_row[j][i]); });
+                    uint32_t a[4][4];
+                    if (kb > half) {
+                        wgmma_wait<0>();
+                    }
 #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    a[m][0] = y[m][0] & ones;
-                    a[m][1] = y[m][0] >> bits & ones;
-                    a[m][2] = y[m][1] & ones;
-                    a[m][3] = y[m][1] >> bits & ones;
-                }
-                wgmma_fence();
+                    for (int m = 0; m < 4; m++) {
+                        a[m][0] = y[m][0] & ones;
+                        a[m][1] = y[m][0] >> bits & ones;
+                        a[m][2] = y[m][1] & ones;
+                        a[m][3] = y[m][1] >> bits & ones;
+                    }
+                    wgmma_fence();
 #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    wgmma_f16(u[m], a[m], desc_p + ((slot*C*P_WORDS*4 + kb*256) >> 4));
+                    for (int m = 0; m < 4; m++) {
+                        wgmma_f16(u[m], a[m], desc_p + ((slot*C*P_WORDS*4 + kb*256) >> 4));
+                    }
+                    wgmma_commit();
+                    if (kb > half) {
+                        wgmma_wait<0>();
+                    }
+                    rows = rows == sm_v + (VSTAGES - 1)*v_bytes ? sm_v : rows + v_bytes;
                 }
-                wgmma_commit();
-                if (kb > half) {
-                    wgmma_wait<0>();
-                }
-                rows = rows == sm_v + (VSTAGES - 1)*v_bytes ? sm_v : rows + v_bytes;
             }
             if (lane < C) {
                 mbar_arrive_at(free_at + slot*8);
