@@ -998,6 +998,64 @@ mod tests {
         assert_eq!(ours, theirs);
     }
 
+    /// Attention of 32 query heads over 8 KV heads of 128 dimensions on an H200: the kernel, its chunks and its shared memory.
+    fn planned(rank_k: i32, first_bits: u32, n_stream: i32, n_cluster: i32) -> (String, i32, u32) {
+        let group = |rank: i32| Group {
+            rank,
+            rank_pad: (rank + 31) / 32 * 32,
+            seg0: 0,
+            step0: 0,
+            row_offset: 0,
+            row_end: rank,
+            dec0: 0,
+            enc0: 0,
+        };
+        let (k, v) = (group(rank_k), group(624));
+        // half of the values have so many bits, the rest 4
+        let mut at = 2;
+        let segs: Vec<u32> = (0..v.rank / 8)
+            .map(|i| {
+                let bits = if i < v.rank / 16 { first_bits } else { 4 };
+                at += bits;
+                (at - bits) | bits << 24
+            })
+            .collect();
+        // SAFETY: numbers and null pointers
+        let mut p: Attn = unsafe { std::mem::zeroed() };
+        for (side, group, row_bytes) in [(&mut p.k, &k, 204), (&mut p.v, &v, 472)] {
+            (side.n_head_kv, side.head_dim, side.group_size, side.n_group) = (8, 128, 8, 1);
+            (side.row_bytes, side.rank_max, side.row_span_max, side.planes) = (row_bytes, group.rank, row_bytes, 1);
+        }
+        p.k.dec_tiles = std::ptr::dangling();
+        // SAFETY: the group and segments of that side
+        p.v.slice_span = unsafe { palu_cuda_slice_span(&p.v, &v, segs.as_ptr()) };
+        // 20 segments, and the 2 bytes before them, as rows are read in words
+        assert_eq!(p.v.slice_span, 20 * first_bits as i32 + 2);
+        (p.n_head, p.n_token, p.n_stream, p.n_kv, p.trig_scale) = (32, 1, n_stream, 65536, 1.0);
+        let dev = DeviceInfo { arch: 90, n_sm: 132, smem_optin: 232_448, n_cluster };
+        let mut launches = [Launch::NONE; 2];
+        // SAFETY: plain data; no pointer of p is read
+        assert_eq!(unsafe { palu_cuda_plan_attn(&dev, &mut p, &k, &v, launches.as_mut_ptr()) }, 0);
+        // SAFETY: plan.c names kernels by literals
+        let kernel = unsafe { CStr::from_ptr(launches[0].kernel) }.to_string_lossy().into_owned();
+        (kernel, p.n_chunk, launches[0].smem)
+    }
+
+    #[test]
+    fn clusters_attend_where_they_fit_and_fill_the_device() {
+        for (rank, bits, n_stream) in [(480, 7, 1), (448, 8, 1), (480, 7, 2), (480, 7, 30)] {
+            let (kernel, n_chunk, smem) = planned(rank, bits, n_stream, 30);
+            assert_eq!(kernel, "palu_decode_sm90_cluster");
+            assert!(n_chunk * n_stream <= 30 && smem <= 232_448, "{n_chunk} {smem}");
+        }
+        // too many channels or bits, too few clusters at work, none at all
+        for (rank, bits, n_stream, n_cluster) in
+            [(512, 7, 1, 30), (480, 8, 1, 30), (480, 7, 8, 30), (480, 7, 40, 30), (480, 7, 1, 0)]
+        {
+            assert_eq!(planned(rank, bits, n_stream, n_cluster).0, "palu_decode_sm90_wide_16");
+        }
+    }
+
     #[test]
     fn turns_are_exact_to_a_double() {
         for radians in [0.0, 1.0, 0.001, 6.5, -0.25, 1e-9] {
