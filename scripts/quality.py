@@ -186,7 +186,7 @@ NOTES = """
   the chunks. Smaller differences in the last column mean nothing.
 - **Measuring** what layers and sides cost, instead of taking the metric's word: without, 21% higher on Wikipedia and 34% on Rust source (mha-17m), 71 and 79% (gqa-16m). One round has nearly all of it: what `--refine default`
   adds to it, parts of the spectrum, descents and twice the probe are within 6% of each other on Wikipedia.
-- **Calibration tokens**: 8K instead of 128K are 32% higher on Wikipedia and 28% on Rust source (gqa-16m), 35% and nothing on mha-17m; 32K 4 and 13% on Wikipedia.@512@
+- **Calibration tokens**: 8K instead of 128K are 32% higher on Wikipedia and 28% on Rust source (gqa-16m), 35% and nothing on mha-17m; 32K 4 and 13% on Wikipedia. 512K are within 1% of 128K there, and 1 and 21% higher on Rust source.
 - **Segments** of 16 channels cost 4 and 9%, of 64 27 and 150%; means that are not subtracted 17 and 23%; Hadamard rotations within 8, 16 and 64 channels 1, 2 and 25% (mha-17m), 2, 11 and 99% (gqa-16m).
 - **The metric** is worth 44% (mha-17m) and 41% (gqa-16m) against none. Attention's own second moments are 15% better than the queries' on Wikipedia, and on Rust
   source 16% and 37% worse. All of that difference is in how query heads are compared in the values' metric: attention counts a head by the second
@@ -219,8 +219,10 @@ NOTES = """
   source (mha-17m). Neither is a gain that holds on both texts, so both stay out of the default; `--refine thorough` has the first.
 - **Part of the variance spread evenly over a side's channels** (1%, so that text of another kind finds bits where the calibration's has little): on
   mha-17m 46% higher on Wikipedia and 83% higher on Rust source. Not kept.
-@thorough@- **Weight types**: with 32K calibration tokens and little measuring, mha-17m at 14.1% diverges by 0.0019 to 0.0020 from its own f16 cache with weights in F32, F16 and BF16, 0.0027 in Q8_0, 0.0033 in
-  Q4_K@iq4@ and 0.0038 in Q2_K (q4_0 with F32: 0.0093@q4@). Nothing in the converter depends on them; coarser weights make the model's own predictions less certain.
+- `--refine thorough` as a whole (parts of the spectrum, descents, several budgets) takes eight times as long as the default and changes no more than chance does: 3% lower and 2% higher on Wikipedia, 25% higher and 3% lower on Rust
+  source. It is tested to be no worse on what it measures; measuring more finely is not where quality is lost.
+- **Weight types**: with 32K calibration tokens and little measuring, mha-17m at 14.1% diverges by 0.0019 to 0.0020 from its own f16 cache with weights in F32, F16 and BF16, 0.0027 in Q8_0, 0.0033 in
+  Q4_K, 0.0034 in IQ4_XS and 0.0038 in Q2_K (q4_0: 0.0092 to 0.0108). Nothing in the converter depends on them; coarser weights make the model's own predictions less certain.
 
 ## Time and memory
 
