@@ -63,6 +63,13 @@ static __device__ __forceinline__ void mbar_arrive(uint32_t bar) {
 static __device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity) {
     asm volatile("{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra wait;\n}\n" :: "r"(bar), "r"(parity) : "memory");
 }
+static __device__ __forceinline__ void mbar_expect(uint32_t bar, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void bulk_copy(uint32_t dst, const void * src, uint32_t bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        :: "r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
+}
 static __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -171,61 +178,7 @@ static __device__ __forceinline__ uint32_t as_u32(__half2 x) {
 
 // A thread's eight codes of a segment of values, of four cells: words(j, i) is where those of cell 8*j + i begin, at bit `shift` modulo 32
 // of a word. Two cells' codes stand side by side as f16 subnormals. small: no more than 4 bits, for all threads of the warp, so that a
-// segment is within one word.
-//
-// This one: x[c][j] is code c; where small, every other code is left where it is, 2^bits times as large.
-template <typename W> static __device__ __forceinline__ void value_codes(uint32_t (&x)[8][2], bool small, uint32_t bits, uint32_t shift, W words) {
-    const uint32_t ones = ((1u << bits) - 1)*0x00010001u;
-    if (small) {
-        const uint32_t ones1 = ones << bits;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            uint32_t lo[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint32_t * w = words(j, i);
-                lo[i] = __funnelshift_r(w[0], w[1], shift);
-            }
-            const uint32_t y0 = __byte_perm(lo[0], lo[1], 0x5410);
-            const uint32_t y1 = __byte_perm(lo[0] >> 4*bits, lo[1] >> 4*bits, 0x5410);
-            const uint32_t z0 = y0 >> 2*bits;
-            const uint32_t z1 = y1 >> 2*bits;
-            x[0][j] = y0 & ones;
-            x[1][j] = y0 & ones1;
-            x[2][j] = z0 & ones;
-            x[3][j] = z0 & ones1;
-            x[4][j] = y1 & ones;
-            x[5][j] = y1 & ones1;
-            x[6][j] = z1 & ones;
-            x[7][j] = z1 & ones1;
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            uint32_t lo[2], hi4[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint32_t * w = words(j, i);
-                const uint32_t w1 = w[1];
-                lo[i] = __funnelshift_r(w[0], w1, shift);
-                hi4[i] = __funnelshift_rc(lo[i], __funnelshift_r(w1, w[2], shift), bits*4);
-            }
-            const uint32_t y0 = __byte_perm(lo[0], lo[1], 0x5410);
-            const uint32_t y1 = __byte_perm(lo[0] >> 2*bits, lo[1] >> 2*bits, 0x5410);
-            const uint32_t y2 = __byte_perm(hi4[0], hi4[1], 0x5410);
-            const uint32_t y3 = __byte_perm(hi4[0] >> 2*bits, hi4[1] >> 2*bits, 0x5410);
-            x[0][j] = y0 & ones;
-            x[1][j] = y0 >> bits & ones;
-            x[2][j] = y1 & ones;
-            x[3][j] = y1 >> bits & ones;
-            x[4][j] = y2 & ones;
-            x[5][j] = y2 >> bits & ones;
-            x[6][j] = y3 & ones;
-            x[7][j] = y3 >> bits & ones;
-        }
-    }
-}
-// This one takes half of the registers: codes 2*m and 2*m + 1 are y[m][j] and y[m][j] >> bits, but for what stands above them.
+// segment is within one word. Codes 2*m and 2*m + 1 are y[m][j] and y[m][j] >> bits, but for what stands above them.
 template <typename W> static __device__ __forceinline__ void value_code_pairs(uint32_t (&y)[4][2], bool small, uint32_t bits, uint32_t shift, W words) {
     if (small) {
 #pragma unroll
@@ -256,6 +209,27 @@ template <typename W> static __device__ __forceinline__ void value_code_pairs(ui
             y[1][j] = __byte_perm(lo[0] >> 2*bits, lo[1] >> 2*bits, 0x5410);
             y[2][j] = __byte_perm(hi[0], hi[1], 0x5410);
             y[3][j] = __byte_perm(hi[0] >> 2*bits, hi[1] >> 2*bits, 0x5410);
+        }
+    }
+}
+// One by one: x[c][j] is code c; where small, every other code is left where it is, 2^bits times as large.
+template <typename W> static __device__ __forceinline__ void value_codes(uint32_t (&x)[8][2], bool small, uint32_t bits, uint32_t shift, W words) {
+    const uint32_t ones = ((1u << bits) - 1)*0x00010001u;
+    uint32_t y[4][2];
+    if (small) {
+        const uint32_t ones1 = ones << bits;
+        value_code_pairs(y, true, bits, shift, words);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            x[i/2*2][i%2] = y[i/2][i%2] & ones;
+            x[i/2*2 + 1][i%2] = y[i/2][i%2] & ones1;
+        }
+    } else {
+        value_code_pairs(y, false, bits, shift, words);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            x[i/2*2][i%2] = y[i/2][i%2] & ones;
+            x[i/2*2 + 1][i%2] = y[i/2][i%2] >> bits & ones;
         }
     }
 }
