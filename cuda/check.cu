@@ -741,11 +741,13 @@ int main(int argc, char ** argv) {
     if (device.arch == 90) {
         // as src/cuda.rs asks
         const void * f = (const void *) palu_decode_sm90_cluster;
+        palu_cuda_launch l;
+        palu_cuda_plan_one_cluster(&device, &l);
         cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(1, PALU_CUDA_CLUSTER, 1);
-        config.blockDim = dim3(640);
-        config.dynamicSmemBytes = prop.sharedMemPerBlockOptin;
-        CHECK(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) prop.sharedMemPerBlockOptin));
+        config.gridDim = dim3(l.grid[0], l.grid[1], l.grid[2]);
+        config.blockDim = dim3(l.block);
+        config.dynamicSmemBytes = l.smem;
+        CHECK(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) l.smem));
         CHECK(cudaOccupancyMaxActiveClusters(&device.n_cluster, f, &config));
         printf("%d clusters at once\n", device.n_cluster);
     }

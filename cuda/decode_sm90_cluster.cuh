@@ -83,7 +83,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     constexpr int VSTAGES = 3;
     constexpr int P_WORDS = 32*8 + 8;  // weights of a tile for a block's columns, two cells each; corrections
     constexpr float P_SCALE = 64.0f;   // weights this much larger: small ones stay normal in f16
-    constexpr int THREADS = 640;
+    constexpr int THREADS = PALU_CUDA_CLUSTER_THREADS;
     grid_next();
 
     extern __shared__ __align__(128) uint8_t smem_cluster[];
@@ -824,7 +824,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
 #endif
 
 #ifdef PALU_SM90
-extern "C" __global__ void __cluster_dims__(1, PALU_CUDA_CLUSTER, 1) __launch_bounds__(640, 1) palu_decode_sm90_cluster(const __grid_constant__ palu_cuda_attn p) {
+extern "C" __global__ void __cluster_dims__(1, PALU_CUDA_CLUSTER, 1) __launch_bounds__(PALU_CUDA_CLUSTER_THREADS, 1) palu_decode_sm90_cluster(const __grid_constant__ palu_cuda_attn p) {
     decode_sm90_cluster(p);
 }
 #else

@@ -239,6 +239,9 @@ int palu_cuda_plan_store  (const palu_cuda_device * dev, palu_cuda_store   * p, 
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);
 int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]);
 
+// One cluster of decode_sm90_cluster with all of the device's shared memory: what palu_cuda_device.n_cluster is asked of the driver with.
+int palu_cuda_plan_one_cluster(const palu_cuda_device * dev, palu_cuda_launch out[1]);
+
 int palu_cuda_plan_recent (const palu_cuda_recent * p, palu_cuda_launch out[1]);
 int palu_cuda_plan_prepend (const palu_cuda_prepend * p, palu_cuda_launch out[1]);
 
@@ -346,7 +349,9 @@ static inline size_t palu_cuda_wide_smem(const palu_cuda_attn * p, int32_t k_ste
 // Kernels of decode_sm90_wide: X(key channels/32).
 #define PALU_CUDA_WIDE_KERNELS(X) X(8) X(11) X(14) X(16)
 
-#define PALU_CUDA_CLUSTER 4 // blocks of a cluster of decode_sm90_cluster
+// Of decode_sm90_cluster: blocks of a cluster, threads of a block.
+#define PALU_CUDA_CLUSTER 4
+#define PALU_CUDA_CLUSTER_THREADS 640
 
 static inline size_t palu_cuda_cluster_smem(const palu_cuda_attn * p) {
     const size_t pad = (size_t)(p->k.rank_max + 31)/32*32;

@@ -287,6 +287,14 @@ int32_t palu_cuda_slice_span(const palu_cuda_side * side, const palu_cuda_group 
     return most;
 }
 
+static int cluster_launch(const palu_cuda_device * dev, palu_cuda_launch * out, int64_t n_chunk, int64_t n_stream, size_t smem) {
+    return set_launch(dev, out, "palu_decode_sm90_cluster", n_chunk, PALU_CUDA_CLUSTER, n_stream, PALU_CUDA_CLUSTER_THREADS, smem);
+}
+
+int palu_cuda_plan_one_cluster(const palu_cuda_device * dev, palu_cuda_launch out[1]) {
+    return cluster_launch(dev, out, 1, 1, (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT));
+}
+
 static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
     const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
     if (dev->arch != 90 || dev->n_cluster < 1 || p->k.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 ||
@@ -306,7 +314,7 @@ static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_c
     }
     p->heads_per_cta = 2;
     split(p, dev->n_cluster, p->n_stream);
-    return set_launch(dev, out, "palu_decode_sm90_cluster", p->n_chunk, PALU_CUDA_CLUSTER, p->n_stream, 640, smem);
+    return cluster_launch(dev, out, p->n_chunk, p->n_stream, smem);
 }
 
 static size_t mma_smem(const palu_cuda_attn * p, int32_t cells, int32_t cols) {

@@ -228,6 +228,7 @@ mod abi {
             groups_v: *const Group,
             out: *mut Launch,
         ) -> i32;
+        pub fn palu_cuda_plan_one_cluster(dev: *const DeviceInfo, out: *mut Launch) -> i32;
         pub fn palu_cuda_plan_recent(p: *const Recent, out: *mut Launch) -> i32;
         pub fn palu_cuda_plan_prepend(p: *const Prepend, out: *mut Launch) -> i32;
         pub fn palu_cuda_tile_keys(
@@ -259,6 +260,25 @@ const KEY_LIMIT: f64 = 46000.0;
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/palu.fatbin"));
 #[cfg(not(palu_fatbin))]
 static FATBIN: &[u8] = &[];
+
+impl Launch {
+    /// As the driver wants it, without attributes.
+    fn config(&self, stream: *mut c_void) -> sys::CUlaunchConfig {
+        let [x, y, z] = self.grid;
+        sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: self.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.smem,
+            hStream: stream.cast(),
+            attrs: std::ptr::null_mut(),
+            numAttrs: 0,
+        }
+    }
+}
 
 /// One GPU with the kernels loaded.
 pub struct Device {
@@ -344,19 +364,12 @@ impl Device {
 
     /// How many clusters of `decode_sm90_cluster` run at once.
     fn clusters(&self) -> Result<i32> {
-        let f = self.function(c"palu_decode_sm90_cluster")?;
-        let config = sys::CUlaunchConfig {
-            gridDimX: 1,
-            gridDimY: 4,
-            gridDimZ: 1,
-            blockDimX: 640,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: self.info.smem_optin as u32,
-            hStream: std::ptr::null_mut(),
-            attrs: std::ptr::null_mut(),
-            numAttrs: 0,
-        };
+        let mut launch = Launch::NONE;
+        // SAFETY: plain data
+        ensure!(unsafe { palu_cuda_plan_one_cluster(&self.info, &mut launch) } == 0, "a cluster has no launch shape");
+        // SAFETY: plan.c names kernels by literals
+        let f = self.function(unsafe { CStr::from_ptr(launch.kernel) })?;
+        let config = launch.config(std::ptr::null_mut());
         let mut n = 0;
         // SAFETY: a kernel of this device's module, and one number to write to
         let asked = unsafe { sys::cuOccupancyMaxActiveClusters(&mut n, f, &config).result() };
@@ -400,7 +413,6 @@ impl Device {
         // SAFETY: plan.c names kernels by literals
         let name = unsafe { CStr::from_ptr(launch.kernel) };
         let f = self.function(name)?;
-        let [x, y, z] = launch.grid;
         let mut params = [std::ptr::from_mut(params).cast::<c_void>()];
         // the kernel may start before the one in front of it is done; it waits itself (grid_wait() in cuda/common.cuh)
         let mut early = sys::CUlaunchAttribute {
@@ -408,18 +420,7 @@ impl Device {
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        let config = sys::CUlaunchConfig {
-            gridDimX: x,
-            gridDimY: y,
-            gridDimZ: z,
-            blockDimX: launch.block,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.smem,
-            hStream: stream.cast(),
-            attrs: &mut early,
-            numAttrs: self.early.into(),
-        };
+        let config = sys::CUlaunchConfig { attrs: &mut early, numAttrs: self.early.into(), ..launch.config(stream) };
         // SAFETY: the caller's promise
         let launched = unsafe { sys::cuLaunchKernelEx(&config, f, params.as_mut_ptr(), std::ptr::null_mut()).result() };
         launched.or_else(|e| driver(&format!("kernel {}", name.to_string_lossy()), Err(e)))
