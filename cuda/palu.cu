@@ -234,79 +234,91 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
     const int lane = tid & 31;
 
     // a warp per dimension; what never changes is loaded before the kernel waits
+    constexpr int AHEAD = 5; // chunks; more do not fit the registers
     const int hd = p.v.head_dim;
     const int d = blockIdx.x%n_block*32 + tid/32;
-    const int4 * dec = (const int4 *)(p.v.dec + g.dec0 + ((int64_t)(head%p.v.group_size)*hd + d)*g.rank_pad);
-    const int64_t plane = (int64_t) p.v.group_size*hd*g.rank_pad/16; // of a decoder, in 16 bytes
-    int4 first[2] = {}; // the first 1024 channels of the first plane
+    const int * dec = (const int *)(p.v.dec + g.dec0 + ((int64_t)(head%p.v.group_size)*hd + d)*g.rank_pad);
+    const int64_t plane = (int64_t) p.v.group_size*hd*g.rank_pad/4; // of a decoder, in words
+    const int rank = g.rank_pad;
+    sm_dec += tid/32*(n_staged/4);
     float scale_d = 0.0f, mean_d = 0.0f;
     if (d < hd) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (i*32 + lane < g.rank_pad/16) {
-                first[i] = __ldg(dec + i*32 + lane);
-            }
+        for (int i = lane*4; i < min(rank, n_staged)/4; i += 128) {
+            mma::copy16(mma::smem(sm_dec + i), dec + i);
         }
         scale_d = g.rank ? p.v.dec_scale[(int64_t) head*hd + d] : 0.0f;
         mean_d = p.v.mean[(int64_t) head*hd + d];
     }
+    mma::copy_commit();
+    auto middle = [&](int c) { return ((1 << (c < g.rank ? p.v.segs[g.seg0 + c/8] >> 24 : 0)) - 1)*0.5f; };
+    const float middle0 = middle(tid);
     grid_wait();
 
-    // a thread per chunk
+    // four channels per thread, and the chunks in n_part parts
+    const int n_quad = max(1, min(1024, rank/4));
+    const int n_part = 1024/n_quad;
+    const int mine = tid/n_quad;
+    const int n_mine = tid%n_quad*4 < g.rank && mine < n_part ? (p.n_chunk - mine + n_part - 1)/n_part : 0;
+    float4 ahead[AHEAD];
+    {
+        const float * at = part + mine*stride + 4 + tid%n_quad*4;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            ahead[j] = j < n_mine ? *(const float4 *) at : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            at += n_part*stride;
+        }
+    }
+    // what all chunks' weights and their sums are: every warp by itself, a lane per chunk
     const float sink = p.sinks ? p.sinks[qh]*LOG2E : -INFINITY;
     const float * extra = p.extra ? p.extra + row*(4 + hd) : nullptr;
     const float extra_top = extra ? extra[0]*LOG2E : -INFINITY;
     const float extra_sum = extra ? extra[1] : 0.0f;
     const float extra_d = extra && d < hd ? extra[4 + d] : 0.0f;
-    float top = fmaxf(sink, extra_top);
-    for (int i = tid; i < p.n_chunk; i += 1024) {
+    const float4 none = make_float4(-INFINITY, 0.0f, 0.0f, 0.0f);
+    const float4 header0 = lane < p.n_chunk ? *(const float4 *)(part + (int64_t) lane*stride) : none;
+    float top = fmaxf(fmaxf(sink, extra_top), header0.x);
+    for (int i = 32 + lane; i < p.n_chunk; i += 32) {
         top = fmaxf(top, part[(int64_t) i*stride]);
     }
     top = warp_max(top);
-    if (lane == 0) {
-        u[tid/32] = top;
-    }
-    __syncthreads();
-    top = warp_max(u[lane]);
     const float base = top == -INFINITY ? 0.0f : top;
     float sum = 0.0f;
     float sum_v = 0.0f;
-    for (int i = tid; i < p.n_chunk; i += 1024) {
-        const float4 head = *(const float4 *)(part + (int64_t) i*stride);
-        const float w = exp2f(head.x - base);
-        weight[i] = w;
-        sum += w*head.y;
-        sum_v += w*head.z;
+    for (int i = lane; i < p.n_chunk; i += 32) {
+        const float4 header = i < 32 ? header0 : *(const float4 *)(part + (int64_t) i*stride);
+        const float w = exp2f(header.x - base);
+        if (tid < 32) {
+            weight[i] = w;
+        }
+        sum += w*header.y;
+        sum_v += w*header.z;
     }
     sum = warp_sum(sum);
     sum_v = warp_sum(sum_v);
-    if (lane == 0) {
-        u[32 + tid/32] = sum;
-        u[64 + tid/32] = sum_v;
-    }
-    __syncthreads();
-    sum = warp_sum(u[32 + lane]);
-    sum_v = warp_sum(u[64 + lane]);
     const float extra_w = exp2f(extra_top - base);
     const float all = sum + extra_w*extra_sum + (p.sinks ? exp2f(sink - base) : 0.0f);
     const float inv = all > 0.0f ? 1.0f/all : all == 0.0f ? 0.0f : all; // no visible cell: zeros
     __syncthreads();
-    // four channels per thread, and the chunks in n_part parts
-    const int rank = g.rank_pad;
-    const int n_quad = max(1, min(1024, rank/4));
-    const int n_part = 1024/n_quad;
-    const int mine = tid/n_quad;
     for (int c = tid%n_quad*4; c < rank && mine < n_part; c += 4096) {
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        auto add = [&](float w, const float4 & y) {
+            x.x = fmaf(w, y.x, x.x);
+            x.y = fmaf(w, y.y, x.y);
+            x.z = fmaf(w, y.z, x.z);
+            x.w = fmaf(w, y.w, x.w);
+        };
+        int i = mine;
+        if (c < 4096) {
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                add(i < p.n_chunk ? weight[i] : 0.0f, ahead[j]);
+                i += n_part;
+            }
+        }
         if (c < g.rank) {
-#pragma unroll 8
-            for (int i = mine; i < p.n_chunk; i += n_part) {
-                const float4 y = *(const float4 *)(part + (int64_t) i*stride + 4 + c);
-                const float w = weight[i];
-                x.x = fmaf(w, y.x, x.x);
-                x.y = fmaf(w, y.y, x.y);
-                x.z = fmaf(w, y.z, x.z);
-                x.w = fmaf(w, y.w, x.w);
+#pragma unroll 4
+            for (; i < p.n_chunk; i += n_part) {
+                add(weight[i], *(const float4 *)(part + (int64_t) i*stride + 4 + c));
             }
         }
         *(float4 *)(u + mine*rank + c) = x;
@@ -318,25 +330,24 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
         for (int i = 1; i < n_part; i++) {
             x += u[i*rank + c];
         }
-        const int bits = c < g.rank ? p.v.segs[g.seg0 + c/8] >> 24 : 0;
-        all_u[c] = x - ((1 << bits) - 1)*0.5f*sum_v;
+        all_u[c] = x - (c == tid ? middle0 : middle(c))*sum_v;
     }
+    mma::copy_wait<0>();
     __syncthreads();
     float x = 0.0f;
     if (d < hd) {
         for (int n = 0; n < p.v.planes; n++) {
             x *= 256.0f;
-            for (int i = lane; i < g.rank_pad/16; i += 32) {
-                const int4 v = n == 0 && i < 32 ? first[0] : n == 0 && i < 64 ? first[1] : __ldg(dec + n*plane + i);
-                const int word[4] = { v.x, v.y, v.z, v.w };
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float4 y = *(const float4 *)(all_u + i*16 + j*4);
-                    x = fmaf((float) (int8_t) word[j], y.x, x);
-                    x = fmaf((float) (int8_t) (word[j] >> 8), y.y, x);
-                    x = fmaf((float) (int8_t) (word[j] >> 16), y.z, x);
-                    x = fmaf((float) (word[j] >> 24), y.w, x);
-                }
+            auto add = [&](int i, int word) {
+                const float4 y = *(const float4 *)(all_u + i*4);
+                x = fmaf((float) (int8_t) word, y.x, x);
+                x = fmaf((float) (int8_t) (word >> 8), y.y, x);
+                x = fmaf((float) (int8_t) (word >> 16), y.z, x);
+                x = fmaf((float) (word >> 24), y.w, x);
+            };
+#pragma unroll 4
+            for (int i = lane; i < rank/4; i += 32) {
+                add(i, n == 0 && i < n_staged/4 ? sm_dec[i] : __ldg(dec + n*plane + i));
             }
         }
     }

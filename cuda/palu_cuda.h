@@ -209,7 +209,7 @@ typedef struct palu_cuda_prepend {
 //                                   columns (query rows of all of a block's heads); grid (n_chunk, n_head_kv/heads_per_cta*
 //                                   ceil(n_col/mma_cols)*ceil(v.rank_max/mma_slice), n_stream)
 //   palu_combine (palu_cuda_attn)   after any decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 1024 threads,
-//                                   dynamic shared memory 4*(max(4096, rank_stride + 32) + rank_stride + 32 + n_chunk) bytes
+//                                   dynamic shared memory 32*PALU_CUDA_COMBINE_STAGED(rank_stride) + 4*(max(4096, rank_stride + 32) + rank_stride + 32 + n_chunk) bytes
 
 //   palu_recent  (palu_cuda_recent) grid (n_head_kv, n_stream, n_token), 256 threads, dynamic shared memory palu_cuda_recent_smem()
 //   palu_prepend  (palu_cuda_prepend) grid (n_more, n_stream), 256 threads
@@ -270,6 +270,9 @@ size_t palu_cuda_partial_size(const palu_cuda_attn  * p);
 static inline int32_t palu_cuda_key_channel(int32_t c) { return (c & ~31) | (c >> 2 & 1) << 4 | (c >> 3 & 3) << 2 | (c & 3); }
 
 static inline int32_t palu_cuda_max32(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// Channels of a decoder that palu_combine keeps in shared memory.
+#define PALU_CUDA_COMBINE_STAGED(rank_stride) ((rank_stride) > 992 ? 1024 : ((rank_stride) + 31)/32*32)
 
 // Floats of a staged head of a cell, 16 modulo 32 where it can be: two cells then lie in different banks.
 #ifdef __CUDACC__

@@ -392,7 +392,7 @@ int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, const 
         return -1;
     }
     return set_launch(dev, &out[1], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 1024,
-        4*((size_t) palu_cuda_max32(4096, p->rank_stride + 32) + p->rank_stride + 32 + p->n_chunk));
+        32*(size_t) PALU_CUDA_COMBINE_STAGED(p->rank_stride) + 4*((size_t) palu_cuda_max32(4096, p->rank_stride + 32) + p->rank_stride + 32 + p->n_chunk));
 }
 
 // Query rows per KV head from which rebuilding the context, once for all of them, and ordinary attention are the faster way:
