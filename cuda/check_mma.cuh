@@ -63,13 +63,15 @@ static void check_store(const StoreCase & c) {
         idxs[i] = i;
     }
     std::shuffle(idxs.begin(), idxs.end(), rng);
-    palu_cuda_store p = {};
+    palu_cuda_store both = {}; // keys and values: the same twice, so both ways to tell them apart are used
+    palu_cuda_stored p = {};
     p.side = s.dev;
     p.x = upload(x) + c.skew;
     p.x_nb_head = nb_head*4;
     p.x_nb_token = nb_token*4;
     p.idxs = upload(idxs);
-    p.n_token = c.n_token;
+    both.n_side = 2;
+    both.n_token = c.n_token;
 
     // latents in double precision
     std::vector<double> latent((size_t) c.n_token*s.dev.rank_sum);
@@ -109,14 +111,19 @@ static void check_store(const StoreCase & c) {
     devices[3].n_sm = 1;
     for (const palu_cuda_device & dev : devices) {
         p.rows = (uint8_t *) room((size_t) n_row*s.dev.row_bytes);
+        const size_t n_latent = (size_t) c.n_token*s.dev.rank_sum;
+        const size_t n_bytes = (size_t) n_row*s.dev.row_bytes;
+        p.latent = (float *) room(n_latent*4);
+        both.of[0] = both.of[1] = p;
+        both.of[1].latent = (float *) room(n_latent*4);
+        both.of[1].rows = (uint8_t *) room(n_bytes);
         palu_cuda_launch l[2];
-        if (palu_cuda_plan_store(&dev, &p, s.groups.data(), l)) {
+        if (palu_cuda_plan_store(&dev, &both, l)) {
             printf("no plan\n");
             exit(2);
         }
-        p.latent = (float *) room(palu_cuda_latent_size(&p)*4);
-        launch(l[0], p);
-        launch(l[1], p);
+        launch(l[0], both);
+        launch(l[1], both);
         std::vector<uint8_t> rows((size_t) n_row*s.dev.row_bytes);
         std::vector<float> z(latent.size());
         CHECK(cudaMemcpy(rows.data(), p.rows, rows.size(), cudaMemcpyDeviceToHost));
@@ -125,7 +132,9 @@ static void check_store(const StoreCase & c) {
         size_t n_code = 0, n_diff = 0;
         int n_scale = 0;
         double worst = 0; // of a latent's relative error
-        bool ok = true;
+        std::vector<uint8_t> rows2(n_bytes);
+        CHECK(cudaMemcpy(rows2.data(), both.of[1].rows, n_bytes, cudaMemcpyDeviceToHost));
+        bool ok = rows == rows2;
         for (int t = 0; t < c.n_token; t++) {
             const uint8_t * row = &rows[idxs[t]*s.dev.row_bytes];
             for (int g = 0; g < s.dev.n_group; g++) {
@@ -235,23 +244,25 @@ static void bench_store(const StoreCase & c) {
     for (int i = 0; i < c.n_token; i++) {
         idxs[i] = i;
     }
-    palu_cuda_store p = {};
+    palu_cuda_store all = {};
+    palu_cuda_stored & p = all.of[0];
     p.side = s.dev;
     p.x = upload(x);
     p.x_nb_head = c.hd*4;
     p.x_nb_token = (int64_t) c.n_head*c.hd*4;
     p.idxs = upload(idxs);
-    p.n_token = c.n_token;
+    all.n_side = 1;
+    all.n_token = c.n_token;
     p.rows = (uint8_t *) room((size_t) c.n_token*s.dev.row_bytes);
     palu_cuda_launch l[2];
-    palu_cuda_plan_store(&device, &p, s.groups.data(), l);
-    p.latent = (float *) room(palu_cuda_latent_size(&p)*4);
+    palu_cuda_plan_store(&device, &all, l);
+    p.latent = (float *) room((size_t) c.n_token*s.dev.rank_sum*4);
     std::vector<uint16_t *> enc;
     for (int i = 0; i < n_rep; i++) {
         enc.push_back(upload(s.enc));
     }
-    launch(l[0], p); // sets the attributes
-    launch(l[1], p);
+    launch(l[0], all); // sets the attributes
+    launch(l[1], all);
     CHECK(cudaDeviceSynchronize());
     float us[3];
     for (int what = 0; what < 3; what++) { // both, project, quantize
@@ -264,7 +275,7 @@ static void bench_store(const StoreCase & c) {
             p.side.enc = enc[i];
             for (int j = 0; j < 2; j++) {
                 if (what == 0 || what == j + 1) {
-                    launch(l[j], p, stream);
+                    launch(l[j], all, stream);
                 }
             }
         }

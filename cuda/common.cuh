@@ -11,9 +11,14 @@
 
 static constexpr float LOG2E = 1.4426950408889634f;
 
-// Programmatic dependent launch, from sm_90 on: a kernel may start while the one before it in the stream still runs. Every kernel
-// lets the next one start at once (grid_next), and touches nothing that an earlier kernel writes or reads before all of
-// them are done (grid_wait); tables that never change may be read sooner.
+// Programmatic dependent launch, from sm_90 on: a kernel may start while the one before it in the stream still runs, once all its
+// blocks have let it (grid_next) or ended. No block touches what an earlier kernel writes or reads before all of them are done
+// (grid_wait); tables that never change may be read sooner. And no kernel ends before all of them are done, not even where its
+// blocks have nothing to do: so whoever waits for a kernel waits for all before it.
+//
+// Decoding waits before it lets the next kernel start. So what it waits for is done when that one starts, and a kernel that is only to
+// come after that (`beside` in its parameters) does not wait at its beginning, but at its end: it runs on multiprocessors that
+// decoding leaves idle. Each must let the next one start no sooner than it may itself.
 static __device__ __forceinline__ void grid_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -18,8 +18,8 @@
 
 template <int T, int NF, int MV>
 static __device__ __forceinline__ void decode_mma(const palu_cuda_attn & p) {
-    grid_next();
     grid_wait();
+    grid_next();
     constexpr int THREADS = 4*T;
     constexpr int WARPS = THREADS/32;
     constexpr int COLS = 8*NF;             // room for columns

@@ -305,7 +305,6 @@ static __device__ __forceinline__ void decode_sm90(const palu_cuda_attn & p) {
     constexpr int SCORE_REGS = NS == 3 ? 96 : NV == 2 ? 152 : 184;
     constexpr int VALUE_REGS = NS == 3 ? 96 : NV == 2 ? 104 : 136;
     constexpr bool TWO_BLOCKS = KS > 8; // with fewer channels the other warps hide more than a second block of columns
-    grid_next();
 
     extern __shared__ __align__(16) uint8_t smem_sm90[];
     uint8_t * smem = smem_sm90;
@@ -417,6 +416,7 @@ static __device__ __forceinline__ void decode_sm90(const palu_cuda_attn & p) {
         ((uint4 *) sm_frag)[i] = make_uint4(0, 0, 0, 0);
     }
     grid_wait();
+    grid_next();
     // first rows on their way
     if (scores) {
         if (wg < n_tile) {

@@ -152,7 +152,6 @@ template <int GF, int NS> static __device__ __forceinline__ void decode_sm90_che
     constexpr int AT_K = AT_CELL + 4*REACH*12;                // [REACH][k_stage_words], then [NS][VSTAGES][VT][v_stage_words]
     static_assert(NS == 2, "threads that copy have a cell each");
     static_assert(AT_K == PALU_CUDA_CHEB_FIXED(GF, NS), "as the host counts it");
-    grid_next();
 
     extern __shared__ __align__(16) uint8_t smem_sm90[];
     uint8_t * smem = smem_sm90;
@@ -330,6 +329,7 @@ template <int GF, int NS> static __device__ __forceinline__ void decode_sm90_che
             fixed[i] = make_float4(gk.rank ? p.k.dec_scale[at + dims[i].x] : 0.0f, p.k.mean[at + dims[i].x], p.k.mean[at + dims[i].y], p.rope.mag[i*32 + lane]);
         }
         grid_wait();
+        grid_next();
         float4 v[2];
         float all = 0.0f;
         float top = 0.0f;
@@ -356,6 +356,7 @@ template <int GF, int NS> static __device__ __forceinline__ void decode_sm90_che
         }
     } else {
         grid_wait();
+        grid_next();
     }
     fence_async(); // the decoder is read by wgmma
     __syncthreads();

@@ -84,7 +84,6 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     constexpr int P_WORDS = 32*8 + 8;  // weights of a tile for a block's columns, two cells each; corrections
     constexpr float P_SCALE = 64.0f;   // weights this much larger: small ones stay normal in f16
     constexpr int THREADS = PALU_CUDA_CLUSTER_THREADS;
-    grid_next();
 
     extern __shared__ __align__(128) uint8_t smem_cluster[];
     const int tid = threadIdx.x & 127;
@@ -216,6 +215,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         }
     }
     grid_wait();
+    grid_next();
     if (my_col < 8) {
         // with the decoder's scales; with the mean. To f16's range, with a factor for each
         float2 v[2][2] = {};

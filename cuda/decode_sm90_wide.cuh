@@ -45,7 +45,6 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     constexpr int N_SLOT = 3;          // of the ring
     constexpr int SLOT = PALU_CUDA_WIDE_SLOT(KS);
     constexpr float P_SCALE = 64.0f;   // weights this much larger: small ones stay normal in f16
-    grid_next();
 
     extern __shared__ __align__(16) uint8_t smem_sm90[];
     const int tid = threadIdx.x & 127;
@@ -193,6 +192,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
         }
     }
     grid_wait();
+    grid_next();
     load_keys(0);
     prefetch_pass(0);
     __syncthreads();

@@ -32,8 +32,8 @@ static __device__ float row_scale(const uint8_t * row, int offset) {
 }
 
 extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_constant__ palu_cuda_attn p) {
-    grid_next();
     grid_wait();
+    grid_next();
     constexpr int T = 32;
     extern __shared__ __align__(16) uint8_t smem[];
     const int tid = threadIdx.x;
@@ -220,7 +220,9 @@ extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_const
 extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_constant__ palu_cuda_attn p) {
     grid_next();
     extern __shared__ __align__(16) uint8_t smem[];
-    float * u = (float *) smem;                           // [n_part][rank], at most 4096 or rank_pad
+    const int n_staged = PALU_CUDA_COMBINE_STAGED(p.rank_stride);
+    int * sm_dec = (int *) smem;                          // [32][n_staged] first channels of the decoder's first plane
+    float * u = (float *)(smem + 32*n_staged);            // [n_part][rank], at most 4096 or rank_pad
     float * all_u = u + max(4096, p.rank_stride + 32);    // [rank_pad] values summed as codes
     float * weight = all_u + p.rank_stride + 32;          // [n_chunk]
     const int tid = threadIdx.x;

@@ -110,8 +110,8 @@ typedef struct palu_cuda_attn {
     int32_t         v_stage_words;
 } palu_cuda_attn;
 
-// palu_store_params of include/palu.h with the side's tables. Two kernels: project, then quantize.
-typedef struct palu_cuda_store {
+// palu_store_params of include/palu.h with the side's tables.
+typedef struct palu_cuda_stored {
     palu_cuda_side  side;
     const float   * x;        // [n_token][n_head_kv][head_dim], strides in bytes
     int64_t         x_nb_head;
@@ -119,7 +119,14 @@ typedef struct palu_cuda_store {
     const int64_t * idxs;     // [n_token]
     uint8_t       * rows;     // [n_row][row_bytes]
     float         * latent;   // scratch [n_token][rank_sum], 16-byte aligned
-    int32_t         n_token;
+} palu_cuda_stored;
+
+// Two kernels: project, then quantize. Keys and values of the same tokens may share the launches.
+typedef struct palu_cuda_store {
+    palu_cuda_stored of[2];
+    int32_t n_side;           // of which so many are there
+    int32_t n_token;
+    int32_t beside;           // 1: quantizing runs beside the kernels in front of it (common.cuh)
 } palu_cuda_store;
 
 // Rows back to f16, as an f16 cache would hold them: keys rotated by the cells' positions. For prompt processing, where
@@ -163,6 +170,7 @@ typedef struct palu_cuda_recent {
     int32_t         n_slot;
     int32_t         n_recent;      // with out at most PALU_CUDA_RECENT_MAX
     int32_t         store;         // 1: the token goes to its slot; with out only for one token, as a slot may be overwritten when all queries are done
+    int32_t         beside;        // 1: runs beside the kernels in front of it (common.cuh)
     float           scale;
     float           softcap;
     float           max_bias;
@@ -185,12 +193,13 @@ typedef struct palu_cuda_prepend {
 } palu_cuda_prepend;
 
 // Kernels (extern "C"; the struct is the only parameter, passed by value):
-//   palu_project      (palu_cuda_store)  any shape; grid (ceil(rank_max/8), n_group, ceil(n_token/PALU_CUDA_PROJECT_TOKENS)), 256 threads
+//   palu_project      (palu_cuda_store)  any shape; grid (ceil(rank_max/8), n_group, ceil(n_token/PALU_CUDA_PROJECT_TOKENS)), 256 threads;
+//                                        here and below rank_max of the side that has more, n_group of both sides together
 //   palu_project_mma  (palu_cuda_store)  sm_80 and later, head_dim a multiple of 8; grid (ceil(rank_max/64), n_group, ceil(n_token/16)),
 //                                        256 threads, dynamic shared memory PALU_CUDA_PROJECT_SMEM
 //   palu_quantize_{8,4}(palu_cuda_store) so many warps per token and group; grid (n_token, n_group), 32 threads per warp,
-//                                        dynamic shared memory palu_cuda_quantize_smem()
-//   palu_quantize_1   (palu_cuda_store)  grid (ceil(n_token/4), n_group), 128 threads, dynamic shared memory 4*palu_cuda_quantize_smem()
+//                                        dynamic shared memory palu_cuda_quantize_smem(rank_max)
+//   palu_quantize_1   (palu_cuda_store)  grid (ceil(n_token/4), n_group), 128 threads, dynamic shared memory 4*palu_cuda_quantize_smem(rank_max)
 //   palu_decode  (palu_cuda_attn)   any shape; grid (n_chunk, n_head_kv*ceil(n_col/8), n_stream), n_col = n_token*n_head/n_head_kv,
 //                                   128 threads, dynamic shared memory palu_cuda_decode_smem()
 //   palu_decode_sm90_*(palu_cuda_attn) few query rows on sm_90a; grid (n_chunk, n_head_kv/heads_per_cta, n_stream),
@@ -235,7 +244,7 @@ typedef struct palu_cuda_launch {
 
 // Each fills in the fields of *p that the kernels share with the plan, and the launches in order. The device pointers of *p
 // are not read; groups: the host's copies of p->k.groups and so on. Returns 0, or -1 if no kernel can do it.
-int palu_cuda_plan_store  (const palu_cuda_device * dev, palu_cuda_store   * p, const palu_cuda_group * groups, palu_cuda_launch out[2]);
+int palu_cuda_plan_store  (const palu_cuda_device * dev, const palu_cuda_store * p, palu_cuda_launch out[2]);
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);
 int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]);
 
@@ -261,9 +270,8 @@ int32_t palu_cuda_fast_pairs(const uint64_t * turn, int32_t n_pair);
 // host's copy.
 int32_t palu_cuda_slice_span(const palu_cuda_side * side, const palu_cuda_group * groups, const uint32_t * segs);
 
-// Scratch that a planned p needs: floats at palu_cuda_store.latent and at palu_cuda_attn.partial.
-size_t palu_cuda_latent_size (const palu_cuda_store * p);
-size_t palu_cuda_partial_size(const palu_cuda_attn  * p);
+// Scratch that a planned p needs: floats at palu_cuda_attn.partial. Storing needs n_token*rank_sum at palu_cuda_stored.latent.
+size_t palu_cuda_partial_size(const palu_cuda_attn * p);
 
 // Where channel c of a key decoder's row stands: of every 32 channels, first the lower halves of the four segments, then
 // the upper halves. Then a thread of a tensor core instruction holds a whole segment.

@@ -30,26 +30,30 @@ static int set_launch(const palu_cuda_device * dev, palu_cuda_launch * out, cons
 // Store
 //
 
-int palu_cuda_plan_store(const palu_cuda_device * dev, palu_cuda_store * p, const palu_cuda_group * groups, palu_cuda_launch out[2]) {
-    (void) groups;
-    const palu_cuda_side * s = &p->side;
+int palu_cuda_plan_store(const palu_cuda_device * dev, const palu_cuda_store * p, palu_cuda_launch out[2]) {
     // tensor cores where they take less time: palu_project reads the encoder once per PALU_CUDA_PROJECT_TOKENS
-    const int mma = dev->arch >= 80 && p->n_token > 16 && s->head_dim%8 == 0;
-    if (mma ? set_launch(dev, &out[0], "palu_project_mma", ceil_div(s->rank_max, 64), s->n_group, ceil_div(p->n_token, 16), 256, PALU_CUDA_PROJECT_SMEM)
-            : set_launch(dev, &out[0], "palu_project", ceil_div(s->rank_max, 8), s->n_group, ceil_div(p->n_token, PALU_CUDA_PROJECT_TOKENS), 256, 0)) {
+    int mma = dev->arch >= 80 && p->n_token > 16;
+    int32_t rank_max = 0;
+    int32_t n_group = 0;
+    for (int32_t i = 0; i < p->n_side; i++) {
+        const palu_cuda_side * s = &p->of[i].side;
+        mma &= s->head_dim%8 == 0;
+        rank_max = palu_cuda_max32(rank_max, s->rank_max);
+        n_group += s->n_group;
+    }
+    if (mma ? set_launch(dev, &out[0], "palu_project_mma", ceil_div(rank_max, 64), n_group, ceil_div(p->n_token, 16), 256, PALU_CUDA_PROJECT_SMEM)
+            : set_launch(dev, &out[0], "palu_project", ceil_div(rank_max, 8), n_group, ceil_div(p->n_token, PALU_CUDA_PROJECT_TOKENS), 256, 0)) {
         return -1;
     }
     // many warps per token and group take less time, few do less
-    const size_t smem = palu_cuda_quantize_smem(s->rank_max);
-    const int64_t n = (int64_t) p->n_token*s->n_group;
+    const size_t smem = palu_cuda_quantize_smem(rank_max);
+    const int64_t n = (int64_t) p->n_token*n_group;
     if (n > (int64_t) dev->n_sm*8 && 4*smem <= (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT)) {
-        return set_launch(dev, &out[1], "palu_quantize_1", ceil_div(p->n_token, 4), s->n_group, 1, 128, 4*smem);
+        return set_launch(dev, &out[1], "palu_quantize_1", ceil_div(p->n_token, 4), n_group, 1, 128, 4*smem);
     }
-    return n > dev->n_sm ? set_launch(dev, &out[1], "palu_quantize_4", p->n_token, s->n_group, 1, 128, smem)
-                         : set_launch(dev, &out[1], "palu_quantize_8", p->n_token, s->n_group, 1, 256, smem);
+    return n > dev->n_sm ? set_launch(dev, &out[1], "palu_quantize_4", p->n_token, n_group, 1, 128, smem)
+                         : set_launch(dev, &out[1], "palu_quantize_8", p->n_token, n_group, 1, 256, smem);
 }
-
-size_t palu_cuda_latent_size(const palu_cuda_store * p) { return (size_t) p->n_token*p->side.rank_sum; }
 
 //
 // Rebuild

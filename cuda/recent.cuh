@@ -43,7 +43,9 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
     float * values = keys + CELLS*k_stride;       // [CELLS][v_stride]
     float * sums = values + CELLS*v_stride;       // [8][dv], a warp's sums of values
     const int32_t * idx = p.idxs + ((int64_t) stream*p.n_token + token)*(p.n_recent + 1);
-    grid_wait();
+    if (!p.beside) {
+        grid_wait();
+    }
 
     // what comes from global memory and depends on nothing, together
     const recent_cell own_k(p, 0, stream, p.n_slot + token, kv);
@@ -159,6 +161,9 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
                 to[d/2] = __floats2half2_rn(x.x, x.y);
             }
         }
+    }
+    if (p.beside) {
+        grid_wait();
     }
 }
 

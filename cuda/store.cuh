@@ -5,6 +5,14 @@
 #include "mma.cuh"
 #include "palu_cuda.h"
 
+// A block's side; group: of both sides together, then of that one.
+static __device__ __forceinline__ const palu_cuda_stored & stored_side(const palu_cuda_store & p, int & group) {
+    const int n = p.of[0].side.n_group;
+    const bool second = group >= n;
+    group -= second ? n : 0;
+    return p.of[second];
+}
+
 //
 // Projection in f32, for few tokens or any shape: a warp per channel and PALU_CUDA_PROJECT_TOKENS tokens
 //
@@ -28,10 +36,11 @@ static __device__ __forceinline__ float4 store_minus(const float4 & a, const flo
     return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w);
 }
 
-extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_constant__ palu_cuda_store p) {
+extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_constant__ palu_cuda_store all) {
     constexpr int T = PALU_CUDA_PROJECT_TOKENS;
     const int lane = threadIdx.x & 31;
-    const int gi = blockIdx.y;
+    int gi = blockIdx.y;
+    const palu_cuda_stored & p = stored_side(all, gi);
     const palu_cuda_group & group = p.side.groups[gi];
     const int c = blockIdx.x*8 + (threadIdx.x >> 5);
     if (c >= group.rank) {
@@ -40,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
     const int hd = p.side.head_dim;
     const int d = p.side.group_size*hd;
     const int t0 = blockIdx.z*T;
-    const int n_t = min(T, p.n_token - t0);
+    const int n_t = min(T, all.n_token - t0);
     const __half * enc = (const __half *) p.side.enc + group.enc0 + (int64_t) c*d;
     grid_next();
     for (int j = lane*64; j < d; j += 32*64) {
@@ -93,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
 //
 
 // 16 tokens and 64 channels per block, 64 dimensions at a time, of which a warp takes a quarter
-extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_constant__ palu_cuda_store p) {
+extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_constant__ palu_cuda_store all) {
 #ifdef PALU_SM80
     grid_next();
     grid_wait();
@@ -112,7 +121,9 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
     const int tid = threadIdx.x;
     const int lane = tid & 31;
     const int warp = tid >> 5;
-    const int gi = blockIdx.y;
+    int gi = blockIdx.y;
+    const palu_cuda_stored & p = stored_side(all, gi);
+    const int n_token = all.n_token;
     const palu_cuda_group & group = p.side.groups[gi];
     const int rank = group.rank;
     const int c0 = blockIdx.x*64;
@@ -135,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
             const int head = jx/hd;
             const char * from = x + head*p.x_nb_head + (jx - head*hd)*4;
             float * to_x = s.x + tid/16*X_STRIDE + tid%16*4;
-            const char * at = from + min(t0 + tid/16, p.n_token - 1)*p.x_nb_token;
+            const char * at = from + min(t0 + tid/16, n_token - 1)*p.x_nb_token;
             if (jx >= d) {
                 *(float4 *) to_x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             } else if (aligned) {
@@ -234,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int t = t0 + row + 8*i;
-            if (c < rank && t < p.n_token) {
+            if (c < rank && t < n_token) {
                 *(float2 *)(p.latent + (int64_t) t*p.side.rank_sum + group.step0 + c) = make_float2(sum[n][2*i], sum[n][2*i + 1]);
             }
         }
@@ -250,8 +261,9 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
 // block try as many at a time, and eight of them all that the refinement may come to. That is the shorter way; a warp alone
 // does less in total.
 template <int WARPS>
-static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8_t * smem, int token, int gi) {
+static __device__ __forceinline__ void quantize(const palu_cuda_store & all_p, uint8_t * smem, int token, int gi) {
     grid_next();
+    const palu_cuda_stored & p = stored_side(all_p, gi);
     constexpr int THREADS = 32*WARPS;
     const int tid = threadIdx.x%THREADS;
     const int lane = threadIdx.x & 31;
@@ -272,7 +284,9 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
             asm volatile("prefetch.global.L2 [%0];" :: "l"(segs + c/8));
         }
     }
-    grid_wait();
+    if (!all_p.beside) {
+        grid_wait();
+    }
     uint8_t * row = p.rows + p.idxs[token]*(int64_t) p.side.row_bytes;
 
     auto sync = [] {
@@ -505,6 +519,9 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & p, uint8
             row[i] = 0;
         }
     }
+    if (all_p.beside) {
+        grid_wait();
+    }
 }
 
 #define PALU_QUANTIZE(WARPS) \
@@ -521,6 +538,7 @@ extern "C" __global__ void __launch_bounds__(128) palu_quantize_1(const __grid_c
     const int warp = threadIdx.x >> 5;
     const int token = blockIdx.x*4 + warp;
     if (token < p.n_token) {
-        quantize<1>(p, smem_quantize + warp*palu_cuda_quantize_smem(p.side.rank_max), token, blockIdx.y);
+        const int32_t rank_max = max(p.of[0].side.rank_max, p.of[1].side.rank_max); // 0 where there is one side
+        quantize<1>(p, smem_quantize + warp*palu_cuda_quantize_smem(rank_max), token, blockIdx.y);
     }
 }

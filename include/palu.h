@@ -263,12 +263,17 @@ void        palu_cuda_layer_free(palu_cuda_layer * layer);
 // "NVIDIA H200, sm_90". Valid as long as the layer.
 const char * palu_cuda_description(const palu_cuda_layer * layer);
 
-// Stores tokens in two steps, in this order on one stream: the first writes latents to scratch memory of
-// palu_cuda_store_latent_size() floats, the second rows. Rows are those of palu_store() but for rounding. The indices cannot be
-// checked here: the caller vouches for them.
+// Stores tokens in two steps, in this order on one stream: the first writes latents to scratch memory, the second rows. Both take
+// keys, or values, or both of the same tokens (n_params = 2), which is faster; latent has palu_cuda_store_latent_size() floats for
+// each of them. Rows are those of palu_store() but for rounding. The indices cannot be checked here: the caller vouches for them.
+//
+// beside = 1 hides the second step, and palu_cuda_recent(), behind attention. The order on the stream is palu_cuda_project(),
+// palu_cuda_attn(), palu_cuda_recent(), palu_cuda_store(), palu_cuda_attn_combine() with nothing else between the last four. The
+// caller vouches that the mask hides the rows that are stored from all queries of this attention, as it does for the last tokens
+// of palu_recent(), and that nothing that one of the four reads or writes shares memory with what another writes, but for these rows.
 size_t      palu_cuda_store_latent_size(const palu_cuda_layer * layer, int32_t side, int32_t n_token);
-palu_status palu_cuda_project(const palu_cuda_layer * layer, const palu_store_params * params, float * latent, void * stream);
-palu_status palu_cuda_store  (const palu_cuda_layer * layer, const palu_store_params * params, float * latent, void * stream);
+palu_status palu_cuda_project(const palu_cuda_layer * layer, const palu_store_params * params, int32_t n_params, float * latent, void * stream);
+palu_status palu_cuda_store  (const palu_cuda_layer * layer, const palu_store_params * params, int32_t n_params, float * latent, int32_t beside, void * stream);
 
 // 1 where attention is fastest straight from the rows; 0 where the query tokens are so many that palu_cuda_rebuild() and
 // the runtime's own attention over its result are faster. Depends on the shapes alone.
@@ -281,7 +286,7 @@ palu_status palu_cuda_attn_combine     (const palu_cuda_layer * layer, const pal
 
 // out is NULL, or n_recent is at most PALU_CUDA_RECENT_MAX.
 #define PALU_CUDA_RECENT_MAX 256
-palu_status palu_cuda_recent(const palu_cuda_layer * layer, const palu_recent_params * params, void * stream);
+palu_status palu_cuda_recent(const palu_cuda_layer * layer, const palu_recent_params * params, int32_t beside, void * stream);
 
 palu_status palu_cuda_rebuild(const palu_cuda_layer * layer, const palu_rebuild_params * params, void * stream);
 

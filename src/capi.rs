@@ -648,7 +648,7 @@ pub unsafe extern "C" fn palu_attn_partial_size(layer: *const AttnLayer, n_head:
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::*;
-    use crate::cuda::CudaLayer;
+    use crate::cuda::{CudaLayer, StoreStep};
     use std::ffi::c_void;
 
     /// `palu_cuda_layer`: the layer, and its description as C wants it.
@@ -697,34 +697,40 @@ mod cuda {
 
     #[no_mangle]
     pub unsafe extern "C" fn palu_cuda_store_latent_size(layer: *const Layer, which: i32, n_token: i32) -> usize {
-        unsafe { of_layer(layer, 0, |l| l.latent_size(side(which)?, count(n_token, "n_token")?)) }
+        unsafe { of_layer(layer, 0, |l| Ok(l.latent_size(side(which)?, count(n_token, "n_token")?))) }
     }
 
-    unsafe fn store_step(layer: *const Layer, params: *const StoreParams, latent: *mut f32, step: usize, stream: *mut c_void) -> Status {
+    unsafe fn store_step(layer: *const Layer, params: *const StoreParams, n_params: i32, latent: *mut f32, step: StoreStep, stream: *mut c_void) -> Status {
         guard(Status::Argument, || {
-            let (layer, p) = unsafe { (&reference(layer, "layer")?.layer, reference(params, "params")?) };
-            let side = side(p.side)?;
-            let store = codec::StoreParams {
-                x: p.x,
-                x_nb_head: p.x_nb_head,
-                x_nb_token: p.x_nb_token,
-                idxs: p.idxs,
-                rows: p.rows,
-                n_token: count(p.n_token, "n_token")?,
-            };
+            let layer = unsafe { &reference(layer, "layer")?.layer };
+            ensure!((1..=2).contains(&n_params), "n_params is {n_params}, neither 1 nor 2");
+            let store = (0..n_params as usize)
+                .map(|i| {
+                    let p = unsafe { reference(params.wrapping_add(i), "params")? };
+                    let store = codec::StoreParams {
+                        x: p.x,
+                        x_nb_head: p.x_nb_head,
+                        x_nb_token: p.x_nb_token,
+                        idxs: p.idxs,
+                        rows: p.rows,
+                        n_token: count(p.n_token, "n_token")?,
+                    };
+                    Ok((side(p.side)?, store))
+                })
+                .collect::<Result<Vec<_>>>()?;
             // SAFETY: the caller promises the shapes in palu.h on the layer's device
-            unsafe { layer.store(side, &store, latent, step, stream) }
+            unsafe { layer.store(&store, latent, step, stream) }
         })
     }
 
     #[no_mangle]
-    pub unsafe extern "C" fn palu_cuda_project(layer: *const Layer, params: *const StoreParams, latent: *mut f32, stream: *mut c_void) -> Status {
-        unsafe { store_step(layer, params, latent, 0, stream) }
+    pub unsafe extern "C" fn palu_cuda_project(layer: *const Layer, params: *const StoreParams, n_params: i32, latent: *mut f32, stream: *mut c_void) -> Status {
+        unsafe { store_step(layer, params, n_params, latent, StoreStep::Project, stream) }
     }
 
     #[no_mangle]
-    pub unsafe extern "C" fn palu_cuda_store(layer: *const Layer, params: *const StoreParams, latent: *mut f32, stream: *mut c_void) -> Status {
-        unsafe { store_step(layer, params, latent, 1, stream) }
+    pub unsafe extern "C" fn palu_cuda_store(layer: *const Layer, params: *const StoreParams, n_params: i32, latent: *mut f32, beside: i32, stream: *mut c_void) -> Status {
+        unsafe { store_step(layer, params, n_params, latent, StoreStep::Quantize { beside: beside != 0 }, stream) }
     }
 
     #[no_mangle]
@@ -740,11 +746,11 @@ mod cuda {
     }
 
     #[no_mangle]
-    pub unsafe extern "C" fn palu_cuda_recent(layer: *const Layer, params: *const RecentParams, stream: *mut c_void) -> Status {
+    pub unsafe extern "C" fn palu_cuda_recent(layer: *const Layer, params: *const RecentParams, beside: i32, stream: *mut c_void) -> Status {
         guard(Status::Argument, || {
             let (layer, p) = unsafe { (&reference(layer, "layer")?.layer, reference(params, "params")?) };
             // SAFETY: the caller promises the shapes in palu.h on the layer's device
-            unsafe { layer.recent(&p.check()?, stream) }
+            unsafe { layer.recent(&p.check()?, beside != 0, stream) }
         })
     }
 

@@ -115,7 +115,7 @@ mod abi {
 
     #[repr(C)]
     #[derive(Clone, Copy, Debug)]
-    pub struct Store {
+    pub struct Stored {
         pub side: Side,
         pub x: *const f32,
         pub x_nb_head: i64,
@@ -123,7 +123,15 @@ mod abi {
         pub idxs: *const i64,
         pub rows: *mut u8,
         pub latent: *mut f32,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Debug)]
+    pub struct Store {
+        pub of: [Stored; 2],
+        pub n_side: i32,
         pub n_token: i32,
+        pub beside: i32,
     }
 
     #[repr(C)]
@@ -164,6 +172,7 @@ mod abi {
         pub n_slot: i32,
         pub n_recent: i32,
         pub store: i32,
+        pub beside: i32,
         pub scale: f32,
         pub softcap: f32,
         pub max_bias: f32,
@@ -209,12 +218,7 @@ mod abi {
     }
 
     extern "C" {
-        pub fn palu_cuda_plan_store(
-            dev: *const DeviceInfo,
-            p: *mut Store,
-            groups: *const Group,
-            out: *mut Launch,
-        ) -> i32;
+        pub fn palu_cuda_plan_store(dev: *const DeviceInfo, p: *const Store, out: *mut Launch) -> i32;
         pub fn palu_cuda_plan_rebuild(
             dev: *const DeviceInfo,
             p: *mut Rebuild,
@@ -241,7 +245,6 @@ mod abi {
         pub fn palu_cuda_slice_span(side: *const Side, groups: *const Group, segs: *const u32) -> i32;
         pub fn palu_cuda_fast_pairs(turn: *const u64, n_pair: i32) -> i32;
         pub fn palu_cuda_plan_on_rows(dev: *const DeviceInfo, p: *const Attn) -> i32;
-        pub fn palu_cuda_latent_size(p: *const Store) -> usize;
         pub fn palu_cuda_partial_size(p: *const Attn) -> usize;
     }
 }
@@ -629,6 +632,16 @@ unsafe impl Send for CudaLayer {}
 // SAFETY: as above
 unsafe impl Sync for CudaLayer {}
 
+/// The two launches of storing tokens.
+#[derive(Clone, Copy, Debug)]
+pub enum StoreStep {
+    /// To latents.
+    Project,
+    /// Latents to rows. `beside`: beside the kernels in front of it in the stream, which are attention to rows that the caller knows
+    /// not to read those that are written here, and [`CudaLayer::recent`]; in front of these the latents were made.
+    Quantize { beside: bool },
+}
+
 /// A number that must fit what the kernels count with.
 fn int<T: TryFrom<usize>>(n: usize) -> Result<T> {
     T::try_from(n).map_err(|_| anyhow!("{n} is more than the CUDA kernels can count"))
@@ -662,8 +675,8 @@ impl CudaLayer {
             _memory: memory,
         };
         // what is to run later must have a kernel
+        layer.plan_store(&layer.store_shape(&[Side::Key, Side::Value], 1)?)?;
         for side in [Side::Key, Side::Value] {
-            layer.plan_store(side, &layer.store_shape(side, 1)?)?;
             layer.plan_rebuild(
                 side,
                 &RebuildParams::of_rows(std::ptr::null(), 0, std::ptr::null(), std::ptr::null_mut(), 1, 256),
@@ -677,8 +690,8 @@ impl CudaLayer {
         self.device.description()
     }
 
-    fn store_shape(&self, side: Side, n_token: usize) -> Result<abi::Store> {
-        Ok(abi::Store {
+    fn store_shape(&self, sides: &[Side], n_token: usize) -> Result<abi::Store> {
+        let stored = |side: Side| Stored {
             side: self.sides[side as usize],
             x: std::ptr::null(),
             x_nb_head: 0,
@@ -686,52 +699,69 @@ impl CudaLayer {
             idxs: std::ptr::null(),
             rows: std::ptr::null_mut(),
             latent: std::ptr::null_mut(),
-            n_token: int(n_token)?,
-        })
+        };
+        let &[first, ..] = sides else { bail!("neither keys nor values are to be stored") };
+        let mut of = [stored(first); 2];
+        match *sides {
+            [_, second] => of[1] = stored(second),
+            // kernels and plan take the larger of two ranks
+            _ => of[1].side.rank_max = 0,
+        }
+        Ok(abi::Store { of, n_side: int(sides.len())?, n_token: int(n_token)?, beside: 0 })
     }
 
-    fn plan_store(&self, side: Side, p: &abi::Store) -> Result<(abi::Store, [Launch; 2])> {
-        let (mut p, mut launches) = (*p, [Launch::NONE; 2]);
-        // SAFETY: plain data, and the groups of this side
-        let status = unsafe {
-            palu_cuda_plan_store(&self.device.info, &mut p, self.groups[side as usize].as_ptr(), launches.as_mut_ptr())
-        };
-        ensure!(status == 0, "no CUDA kernel stores rows of rank {} on {}", p.side.rank_max, self.device.description());
-        Ok((p, launches))
+    fn plan_store(&self, p: &abi::Store) -> Result<[Launch; 2]> {
+        let mut launches = [Launch::NONE; 2];
+        // SAFETY: plain data
+        let status = unsafe { palu_cuda_plan_store(&self.device.info, p, launches.as_mut_ptr()) };
+        ensure!(
+            status == 0,
+            "no CUDA kernel stores rows of ranks {} and {} on {}",
+            p.of[0].side.rank_max,
+            p.of[1].side.rank_max,
+            self.device.description()
+        );
+        Ok(launches)
     }
 
     /// Floats of scratch that storing `n_token` tokens takes.
-    pub fn latent_size(&self, side: Side, n_token: usize) -> Result<usize> {
-        let (p, _) = self.plan_store(side, &self.store_shape(side, n_token)?)?;
-        // SAFETY: a planned store
-        Ok(unsafe { palu_cuda_latent_size(&p) })
+    pub fn latent_size(&self, side: Side, n_token: usize) -> usize {
+        n_token * self.sides[side as usize].rank_sum as usize
     }
 
-    /// Launches step 0 (project to latents) or 1 (quantize and write rows) of storing tokens.
+    /// Launches a step of storing tokens: of keys, of values, or of both of the same tokens, whose latents follow each other.
     ///
     /// # Safety
-    /// Pointers of the shapes in `palu_store_params`, on this device; `latent` has [`Self::latent_size`] floats; `stream`
-    /// is a stream of the device's primary context.
-    pub unsafe fn store(
-        &self,
-        side: Side,
-        p: &StoreParams,
-        latent: *mut f32,
-        step: usize,
-        stream: *mut c_void,
-    ) -> Result<()> {
-        let shape = abi::Store {
-            x: p.x,
-            x_nb_head: p.x_nb_head as i64,
-            x_nb_token: p.x_nb_token as i64,
-            idxs: p.idxs,
-            rows: p.rows,
-            latent,
-            ..self.store_shape(side, p.n_token)?
+    /// Pointers of the shapes in `palu_store_params`, on this device; `latent` has [`Self::latent_size`] floats for each side;
+    /// `stream` is a stream of the device's primary context; what [`StoreStep::Quantize`] says.
+    pub unsafe fn store(&self, params: &[(Side, StoreParams)], latent: *mut f32, step: StoreStep, stream: *mut c_void) -> Result<()> {
+        let sides: Vec<Side> = params.iter().map(|(side, _)| *side).collect();
+        let n_token = params.first().map_or(0, |(_, p)| p.n_token);
+        ensure!(params.iter().all(|(_, p)| p.n_token == n_token), "keys and values are not of the same tokens");
+        let mut shape = self.store_shape(&sides, n_token)?;
+        let mut latent = latent;
+        for (to, (side, p)) in shape.of.iter_mut().zip(params) {
+            *to = Stored {
+                side: to.side,
+                x: p.x,
+                x_nb_head: p.x_nb_head as i64,
+                x_nb_token: p.x_nb_token as i64,
+                idxs: p.idxs,
+                rows: p.rows,
+                latent,
+            };
+            latent = latent.wrapping_add(self.latent_size(*side, n_token));
+        }
+        let launches = self.plan_store(&shape)?;
+        let launch = match step {
+            StoreStep::Project => &launches[0],
+            StoreStep::Quantize { beside } => {
+                shape.beside = i32::from(beside);
+                &launches[1]
+            }
         };
-        let (mut p, launches) = self.plan_store(side, &shape)?;
         // SAFETY: the caller's promise
-        unsafe { self.device.launch(&launches[step], &mut p, stream) }
+        unsafe { self.device.launch(launch, &mut shape, stream) }
     }
 
     fn plan_rebuild(&self, side: Side, p: &RebuildParams) -> Result<(abi::Rebuild, Launch)> {
@@ -795,11 +825,12 @@ impl CudaLayer {
         unsafe { self.device.launch(&launch, &mut more, stream) }
     }
 
-    /// Attends to the last tokens and stores new ones; see `palu_recent`.
+    /// Attends to the last tokens and stores new ones; see `palu_recent`. `beside`: beside the kernel in front of it in the stream, which
+    /// is attention to rows.
     ///
     /// # Safety
-    /// Pointers of the shapes in `palu_recent_params`, on this device; `stream` as in [`Self::store`].
-    pub unsafe fn recent(&self, p: &RecentParams, stream: *mut c_void) -> Result<()> {
+    /// Pointers of the shapes in `palu_recent_params`, on this device; `stream` as in [`Self::store`]; what `beside` says.
+    pub unsafe fn recent(&self, p: &RecentParams, beside: bool, stream: *mut c_void) -> Result<()> {
         let mut p = abi::Recent {
             q: p.q,
             q_nb_head: p.q_nb_head as i64,
@@ -819,6 +850,7 @@ impl CudaLayer {
             n_slot: int(p.n_slot)?,
             n_recent: int(p.n_recent)?,
             store: 0,
+            beside: i32::from(beside),
             scale: p.scale,
             softcap: p.softcap,
             max_bias: p.max_bias,
@@ -833,6 +865,7 @@ impl CudaLayer {
             ensure!(status == 0, "{} recent tokens with heads of {} and {} dimensions are too many, or these are odd", p.n_recent, p.head_dim[0], p.head_dim[1]);
             // SAFETY: the caller's promise
             unsafe { self.device.launch(&launch, &mut p, stream) }?;
+            p.beside = 0; // the second step waits for the first
         }
         Ok(())
     }
@@ -975,9 +1008,10 @@ mod tests {
             offset_of!(Attn, out),
             offset_of!(Attn, mask_f16),
             offset_of!(Attn, v_stage_words),
+            size_of::<Stored>(),
+            offset_of!(Stored, latent),
             size_of::<Store>(),
-            offset_of!(Store, latent),
-            offset_of!(Store, n_token),
+            offset_of!(Store, beside),
             size_of::<Rebuild>(),
             offset_of!(Rebuild, out),
             offset_of!(Rebuild, stages),

@@ -12,8 +12,9 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr};
 use half::f16;
 use palu::attention::{extra_row, AttnLayer, AttnParams, RebuildParams};
 use palu::codec::StoreParams;
-use palu::cuda::{CudaLayer, Device};
+use palu::cuda::{CudaLayer, Device, StoreStep};
 use palu::projection::{Layer, Side, SIDES};
+use palu::recent::RecentParams;
 use palu::rope::{RopeKind, RopeParams};
 use std::io::Write;
 use std::sync::Arc;
@@ -288,11 +289,11 @@ fn rows_are_stored_as_on_the_cpu() {
 
             let (gx, gi) = (Buffer::new(&stream, &x, f32::NAN), Buffer::new(&stream, &idxs, -1));
             let rows = Buffer::new(&stream, &vec![0xa5u8; n_row * p.row_bytes], 0xa5);
-            let latent = Buffer::new(&stream, &vec![f32::NAN; s.gpu.latent_size(side, n_token).unwrap()], f32::NAN);
+            let latent = Buffer::new(&stream, &vec![f32::NAN; s.gpu.latent_size(side, n_token)], f32::NAN);
             let params = StoreParams { x: gx.at(), idxs: gi.at(), rows: rows.at(), ..params };
-            for step in 0..2 {
+            for step in [StoreStep::Project, StoreStep::Quantize { beside: false }] {
                 // SAFETY: shapes as above, on the device
-                unsafe { s.gpu.store(side, &params, latent.at(), step, stream.cu_stream().cast()) }.unwrap();
+                unsafe { s.gpu.store(&[(side, params)], latent.at(), step, stream.cu_stream().cast()) }.unwrap();
             }
             let got = rows.read(0xa5);
             // sums are added in another order: a latent between two codes may fall to the other one, or a scale to its neighbour
@@ -494,7 +495,7 @@ fn recent_tokens_are_those_of_the_cpu() {
             let (cur_at, slots_at) = ([cur[0].at().cast_const(), cur[1].at()], [slots[0].at(), slots[1].at()]);
             let p = case.params(q.at(), cur_at, slots_at, idxs.at(), if attends { out.at() } else { std::ptr::null_mut() });
             // SAFETY: the shapes are those of the case, on the device
-            unsafe { gpu.recent(&p, stream.cu_stream().cast()) }.unwrap();
+            unsafe { gpu.recent(&p, false, stream.cu_stream().cast()) }.unwrap();
             let (got, stored) = (out.read(f32::NAN), [slots[0].read(0x7e00), slots[1].read(0x7e00)]);
             if attends {
                 case.check(&x, &got);
@@ -502,6 +503,168 @@ fn recent_tokens_are_those_of_the_cpu() {
                 assert!(got.iter().all(|x| x.is_nan()));
             }
             assert!(stored == case.stored(&x), "slots of {case:?}");
+        }
+    }
+}
+
+/// What a sequence of decoded tokens leaves behind.
+struct Decoded {
+    rows: [Vec<u8>; 2],
+    slots: [Vec<u16>; 2],
+    out: Vec<Vec<f32>>,
+}
+
+impl Case {
+    /// Decodes tokens one after the other, all launches in one go: stored before attention reads the rows, or beside it.
+    fn decode(&self, s: &mut Setup, stream: &Arc<CudaStream>, beside: bool) -> Decoded {
+        const STEPS: usize = 40;
+        const RECENT: usize = 16;
+        let seed = s.random.0;
+        let (n_stream, n_kv) = (self.n_stream, self.n_kv);
+        // not all of them anew: the CPU takes a millisecond for each
+        let rows = Case { n_stream: 1, n_kv: 67, ..self.clone() }.rows(s);
+        let rows = [0, 1].map(|i| {
+            rows[i].iter().copied().cycle().take(n_stream * n_kv * s.layer.sides[i].row_bytes).collect::<Vec<u8>>()
+        });
+        let grows = [0, 1].map(|i| Buffer::new(stream, &rows[i], 0xa5));
+        let pos = Buffer::new(stream, &self.positions(), 0);
+        let width = [self.n_head_kv * self.dim_k, self.n_head_kv * self.dim_v];
+        let slots = width.map(|w| Buffer::new(stream, &vec![0u16; n_stream * RECENT * w], 0x7e00));
+        let sizes = SIDES.map(|side| s.gpu.latent_size(side, n_stream));
+        let latent = Buffer::new(stream, &vec![f32::NAN; sizes[0] + sizes[1]], f32::NAN);
+        let shapes = [self.n_head, 1, n_stream, n_kv];
+        let partial = Buffer::new(stream, &vec![f32::NAN; s.gpu.partial_size(shapes).unwrap()], f32::NAN);
+        let extra = Buffer::new(stream, &vec![f32::NAN; n_stream * self.n_head * extra_row(self.dim_v)], f32::NAN);
+        let first = n_kv - STEPS;
+        struct Step {
+            q: Buffer<f32>,
+            cur: [Buffer<f32>; 2],
+            idxs: Buffer<i64>,
+            recent: Buffer<i32>,
+            mask: Buffer<f32>,
+            out: Buffer<f32>,
+        }
+        let normal = |random: &mut Random, n: usize| (0..n).map(|_| random.normal() as f32).collect::<Vec<_>>();
+        let steps: Vec<Step> = (0..STEPS)
+            .map(|i| {
+                let (mut idxs, mut recent, mut mask) = (Vec::new(), Vec::new(), Vec::new());
+                for st in 0..n_stream {
+                    idxs.push((st * n_kv + first + i) as i64);
+                    // token i goes to slot i%RECENT and is the first of its own last ones
+                    recent.extend((0..RECENT).map(|d| if d == 0 { RECENT as i32 } else { if d <= i { ((i - d) % RECENT) as i32 } else { -1 } }));
+                    recent.push((i % RECENT) as i32);
+                    mask.extend((0..n_kv).map(|c| if c + RECENT.min(i + 1) > first + i || c > first + i { f32::NEG_INFINITY } else { 0.0 }));
+                }
+                Step {
+                    q: Buffer::new(stream, &normal(&mut s.random, n_stream * self.n_head * self.dim_k), f32::NAN),
+                    cur: width.map(|w| Buffer::new(stream, &normal(&mut s.random, n_stream * w), f32::NAN)),
+                    idxs: Buffer::new(stream, &idxs, -1),
+                    recent: Buffer::new(stream, &recent, 0),
+                    mask: Buffer::new(stream, &mask, f32::NAN),
+                    out: Buffer::new(stream, &vec![f32::NAN; n_stream * self.n_head * self.dim_v], f32::NAN),
+                }
+            })
+            .collect();
+        stream.synchronize().unwrap();
+        s.random.0 = seed;
+        let on: *mut std::ffi::c_void = stream.cu_stream().cast();
+        for step in &steps {
+            let store = [0, 1].map(|i| {
+                let params = StoreParams {
+                    x: step.cur[i].at(),
+                    x_nb_head: 4 * width[i] / self.n_head_kv,
+                    x_nb_token: 4 * width[i],
+                    idxs: step.idxs.at(),
+                    rows: grows[i].at(),
+                    n_token: n_stream,
+                };
+                (SIDES[i], params)
+            });
+            let q_nb = 4 * self.n_head * self.dim_k;
+            let recent = RecentParams {
+                q: step.q.at(),
+                q_nb_head: 4 * self.dim_k,
+                q_nb_token: q_nb,
+                q_nb_stream: q_nb,
+                cur: [step.cur[0].at(), step.cur[1].at()],
+                cur_nb_head: [4 * self.dim_k, 4 * self.dim_v],
+                cur_nb_token: width.map(|w| 4 * w),
+                slots: [slots[0].at(), slots[1].at()],
+                idxs: step.recent.at(),
+                out: extra.at(),
+                n_head: self.n_head,
+                n_head_kv: self.n_head_kv,
+                head_dim: [self.dim_k, self.dim_v],
+                n_token: 1,
+                n_stream,
+                n_slot: RECENT,
+                n_recent: RECENT,
+                scale: 1.0 / (self.dim_k as f32).sqrt(),
+                softcap: self.softcap,
+                max_bias: 0.0,
+            };
+            let attn = AttnParams {
+                q: step.q.at(),
+                q_nb_head: 4 * self.dim_k,
+                q_nb_token: q_nb,
+                q_nb_stream: q_nb,
+                rows_k: grows[0].at(),
+                rows_v: grows[1].at(),
+                rows_k_nb_stream: s.layer.sides[0].row_bytes * n_kv,
+                rows_v_nb_stream: s.layer.sides[1].row_bytes * n_kv,
+                mask: step.mask.at().cast(),
+                mask_nb_token: 4 * n_kv,
+                mask_nb_stream: 4 * n_kv,
+                mask_f16: false,
+                pos: pos.at(),
+                sinks: std::ptr::null(),
+                extra: extra.at(),
+                partial: partial.at(),
+                out: step.out.at(),
+                n_head: self.n_head,
+                n_token: 1,
+                n_stream,
+                n_kv,
+                scale: recent.scale,
+                softcap: self.softcap,
+                max_bias: 0.0,
+            };
+            // SAFETY: shapes as above, on the device; what is stored is hidden from this attention
+            unsafe {
+                s.gpu.store(&store, latent.at(), StoreStep::Project, on).unwrap();
+                if !beside {
+                    s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside }, on).unwrap();
+                }
+                s.gpu.attend(&attn, 0, on).unwrap();
+                s.gpu.recent(&recent, beside, on).unwrap();
+                if beside {
+                    s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside }, on).unwrap();
+                }
+                s.gpu.attend(&attn, 1, on).unwrap();
+            }
+        }
+        Decoded {
+            rows: [grows[0].read(0xa5), grows[1].read(0xa5)],
+            slots: [slots[0].read(0x7e00), slots[1].read(0x7e00)],
+            out: steps.iter().map(|step| step.out.read(f32::NAN)).collect(),
+        }
+    }
+}
+
+#[test]
+fn rows_stored_beside_attention_change_nothing() {
+    let Some(stream) = gpu("rows_stored_beside_attention_change_nothing") else { return };
+    // every kernel: GQA in clusters and not, MHA interpolated and not, other shapes
+    let mut all: Vec<Case> = cases().into_iter().filter(|c| c.n_token == 1 && c.max_bias == 0.0).collect();
+    all.push(Case { n_kv: 4000, n_stream: 2, ..Case::default() });
+    all.push(Case { n_kv: 9000, ..Case::default() });
+    for (i, case) in all.iter().enumerate() {
+        let mut s = case.setup(400 + i as u64);
+        let [a, b] = [false, true].map(|beside| case.decode(&mut s, &stream, beside));
+        assert!(a.rows == b.rows, "rows of {case:?}");
+        assert!(a.slots == b.slots, "slots of {case:?}");
+        for (t, (a, b)) in a.out.iter().zip(&b.out).enumerate() {
+            assert!(a.iter().all(|x| x.is_finite()) && a == b, "token {t} of {case:?}: {}", error(a, b));
         }
     }
 }
