@@ -1,14 +1,15 @@
 // check.cu - checks the kernels against a CPU implementation in double precision, and times them.
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -pthread -o check check.cu
-//   ./check [check|bench|all|table [NAME [CELLS]]]      PALU_CHAINED=0: without programmatic dependent launch;
+//   ./check [check|bench|all|table|step [NAME [CELLS]]]    PALU_CHAINED=0: without programmatic dependent launch;
 //                                                      PALU_PLAIN=1: without decode_sm90_cheb and decode_sm90_cluster
 //
 // NAME picks the cases whose name has it, CELLS how many are timed. Prints one line per case and exits with 1 if any is wrong. Inputs are
 // random; outputs and scratch are poisoned with not-a-number before each run, and cells that no query sees hold rows of
 // not-a-number. Both kernels' results are compared by |out - reference|/|reference| over all outputs. Times are medians of
 // 50 runs with events around each, over sets of rows that together exceed the L2 cache, attention and combine together;
-// "back to back" is the mean over 40 without pauses. table: one JSON object per line, for scripts/bench_attention.py.
+// "back to back" is the mean over 40 without pauses. table: one JSON object per line, for scripts/bench_attention.py. step: a decoded token's
+// kernels one by one and together, between others that leave the caches cold.
 
 #include "palu.cu"
 #include "plan.c"
@@ -288,7 +289,7 @@ struct Named { const char * name; const void * f; };
 static const Named kernels[] = {
     PALU_STORE_KERNELS(NAMED) PALU_REBUILD_KERNELS(NAMED)
     PALU_MMA_KERNELS(NAMED) NAMED(palu_decode) NAMED(palu_combine) PALU_CUDA_SM90_KERNELS(SM90)
-    PALU_CUDA_WIDE_KERNELS(WIDE) NAMED(palu_decode_sm90_cluster) PALU_CUDA_CHEB_KERNELS(CHEB)
+    NAMED(palu_recent) PALU_CUDA_WIDE_KERNELS(WIDE) NAMED(palu_decode_sm90_cluster) PALU_CUDA_CHEB_KERNELS(CHEB)
 };
 
 template <typename P> static void launch(const palu_cuda_launch & l, P p, cudaStream_t stream = 0) {
@@ -725,6 +726,7 @@ static void bench_case(Case c, const std::vector<int> & sizes, bool json = false
 }
 
 #include "check_mma.cuh"
+#include "check_step.cuh"
 
 int main(int argc, char ** argv) {
     const std::string what = argc > 1 ? argv[1] : "all";
@@ -797,6 +799,12 @@ int main(int argc, char ** argv) {
                 bench_case(c, { 4096, 16384, 65536, 262144 }, true);
             }
         }
+        return 0;
+    }
+    if (what == "step") {
+        // a converter's ranks and bits, at 14.1% of f16
+        bench_step(with_rows(first_case(cases, 8), "GQA joint (480, 624)", 480, 624, 7, 1, 7, 2, 2, 1.0), { 256, 16384, 65536 });
+        bench_step(with_rows(first_case(cases, 32), "MHA (1024, 3072)", 128, 384, 4, 2, 4, 2), { 256, 65536 });
         return 0;
     }
     if (what != "bench") {
