@@ -158,6 +158,12 @@ static Side make_side(int n_head, int hd, int group_size, std::vector<int> ranks
     s.dev.row_bytes = (offset + align - 1)/align*align;
     s.dev.rank_sum = step0;
     s.dev.slice_span = palu_cuda_slice_span(&s.dev, s.groups.data(), s.segs.data());
+    std::copy_n(s.groups.begin(), std::min<size_t>(s.groups.size(), PALU_CUDA_NEAR_GROUPS), s.dev.near_groups);
+    if (pairs) {
+        std::vector<float> of_pairs(s.dec_scale.size()*4);
+        palu_cuda_pair_table(&s.dev, pairs->data(), s.dec_scale.data(), s.dec_half.data(), s.mean.data(), of_pairs.data());
+        s.dev.pairs = upload(of_pairs);
+    }
     s.dev.groups = upload(s.groups);
     s.dev.segs = upload(s.segs);
     s.dev.dec = upload(s.dec);

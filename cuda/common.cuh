@@ -5,6 +5,8 @@
 #include <math_constants.h>
 #include <stdint.h>
 
+#include "palu_cuda.h"
+
 #ifndef INFINITY
 #define INFINITY CUDART_INF_F
 #endif
@@ -18,7 +20,7 @@ static constexpr float LOG2E = 1.4426950408889634f;
 //
 // Decoding waits before it lets the next kernel start. So what it waits for is done when that one starts, and a kernel that is only to
 // come after that (`beside` in its parameters) does not wait at its beginning, but at its end: it runs on multiprocessors that
-// decoding leaves idle. Each must let the next one start no sooner than it may itself.
+// decoding leaves idle. One block does so for all, as the others must make room. Each lets the next kernel start no sooner than itself.
 static __device__ __forceinline__ void grid_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -28,6 +30,10 @@ static __device__ __forceinline__ void grid_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+static __device__ __forceinline__ palu_cuda_group side_group(const palu_cuda_side & side, int i) {
+    return side.n_group <= PALU_CUDA_NEAR_GROUPS ? side.near_groups[i] : side.groups[i];
 }
 
 static __device__ __forceinline__ float warp_sum(float x) {

@@ -31,8 +31,11 @@ static __device__ __forceinline__ uint32_t cluster_map(uint32_t at, uint32_t blo
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(block));
     return r;
 }
-static __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+static __device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // at: of any block of the cluster, from cluster_map()
 static __device__ __forceinline__ void mbar_arrive_at(uint32_t at) {
@@ -83,7 +86,6 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     constexpr int VSTAGES = 3;
     constexpr int P_WORDS = 32*8 + 8;  // weights of a tile for a block's columns, two cells each; corrections
     constexpr float P_SCALE = 64.0f;   // weights this much larger: small ones stay normal in f16
-    constexpr int THREADS = PALU_CUDA_CLUSTER_THREADS;
 
     extern __shared__ __align__(128) uint8_t smem_cluster[];
     const int tid = threadIdx.x & 127;
@@ -98,8 +100,8 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     const int stream = blockIdx.z;
     const int gqa = p.n_head/p.k.n_head_kv;
     const int col_head = gqa*p.n_token; // at most 4; a head's columns are the first of its four
-    const palu_cuda_group gk = p.k.groups[0];
-    const palu_cuda_group gv = p.v.groups[0];
+    const palu_cuda_group gk = p.k.near_groups[0];
+    const palu_cuda_group gv = p.v.near_groups[0];
     const uint32_t pad = gk.rank_pad;
     const uint32_t a_bytes = 64*pad;
     const uint32_t run_bytes = RUN*p.k.row_bytes;
@@ -107,6 +109,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     // what has one size for all models comes first, so that its addresses are constants
     uint2   * sm_trig = (uint2 *) smem_cluster;                  // [GP][128] cos, sin of two pairs
     uint2   * sm_q = sm_trig + GP*128;                           // [2][queries, means][2][GP][16]
+    float2  * sm_vec = (float2 *) sm_q;                          // before that: [queries, means][8][HD/2] not turned
     uint32_t * sm_p = (uint32_t *)(sm_q + 2*2*2*GP*16);          // [2][C][P_WORDS]: [8][8][4] two cells' weights of a column
     float   * sm_s = (float *)(sm_p + 2*C*P_WORDS);              // [2][64][8]
     float4  * sm_half = (float4 *)(sm_s + 2*64*8);               // [2][GP][4] halves of two pairs, times trig_scale
@@ -139,112 +142,6 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     const uint8_t * rows_v = p.rows_v + stream*p.rows_v_nb_stream;
     const int32_t * pos = p.pos + (int64_t) stream*p.n_kv;
 
-    //
-    // Prologue
-    //
-    if (threadIdx.x < 32) {
-        if (lane == 0) {
-            for (int i = 0; i < 2; i++) {
-                mbar_init(bar_dec + i*8, 1);
-                mbar_init(bar_rows + i*8, 1);
-                mbar_init(bar_a + i*8, 1);
-                mbar_init(bar_a_free + i*8, 8*C);
-                mbar_init(bar_q + i*8, 4);
-                mbar_init(bar_s + i*8, 8);
-                mbar_init(bar_p + i*8, 1);
-                mbar_init(bar_p_free + i*8, 4*C);
-            }
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-            fence_async();
-            for (int i = 0; i < 2; i++) {
-                mbar_expect(bar_dec + i*8, 128*pad);
-            }
-        }
-        __syncwarp();
-        // the decoder: blocks of 64 columns side by side
-        const int8_t * from = p.k.dec_tiles + gk.dec0 + (int64_t) head0*HD*pad;
-        for (uint32_t i = lane; i < 4*(pad/16); i += 32) {
-            const uint32_t c = i >> 2;
-            const uint32_t b = i & 3;
-            bulk_copy(smem_u32(sm_dec) + (b >> 1)*128*pad + c*2048 + (b & 1)*1024, from + (b*(pad/16) + c)*1024, 1024, bar_dec + (b >> 1)*8);
-        }
-    }
-    for (uint32_t i = threadIdx.x; i < pad/8; i += THREADS) {
-        // .x: first word's byte | shift within it << 16 | bits << 24, .y: 2^bits - 1 in every byte
-        const uint32_t seg = (int) i < gk.rank/8 ? p.k.segs[gk.seg0 + i] : 0;
-        const uint32_t bits = seg >> 24;
-        const uint32_t at = seg & 0xffffff;
-        sm_seg[i] = make_uint2((at & ~3u) | (at & 3) << 19 | bits << 24, ((1u << bits) - 1)*0x01010101u);
-    }
-    if (threadIdx.x < HD/2) {
-        sm_turn[threadIdx.x] = p.rope.turn[threadIdx.x];
-    }
-    if (threadIdx.x >= 64 && threadIdx.x < 64 + 2*GP*4) {
-        const int i = threadIdx.x - 64;
-        const int h = i/(GP*4);
-        const int2 d0 = ((const int2 *) p.rope.pair_dim)[i%(GP*4)*2];
-        const int2 d1 = ((const int2 *) p.rope.pair_dim)[i%(GP*4)*2 + 1];
-        const float * half = p.k.dec_half + (int64_t)(head0 + h)*HD;
-        sm_half[i] = make_float4(half[d0.x]*p.trig_scale, half[d1.x]*p.trig_scale, half[d0.y]*p.trig_scale, half[d1.y]*p.trig_scale);
-    }
-    // the table of this warp's cells: at half a position and further from the middle
-    for (int i = threadIdx.x; i < GP*128; i += THREADS) {
-        const int64_t d = i%128/32*8 + i%32/4;
-        float s[2], c[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const uint64_t turn = p.rope.turn[i/128*8 + i%4*2 + j];
-            sincos_turn(d*turn + (uint64_t)((int64_t) turn >> 1), s[j], c[j]);
-        }
-        sm_trig[i] = make_uint2(pack_f16(c[0], c[1]), pack_f16(s[0], s[1]));
-    }
-    float2 * sm_vec = (float2 *) sm_q; // [queries, means][8][HD/2]
-    const int my_col = threadIdx.x >> 5; // of the first eight warps
-    const bool real = my_col < 8 && my_col%4 < col_head;
-    int2 dim[2] = {};
-    float mag[2] = {}, dec_scale[2] = {};
-    float2 mean[2] = {};
-    if (my_col < 8) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int64_t at = (int64_t)(head0 + my_col/4)*HD;
-            dim[i] = ((const int2 *) p.rope.pair_dim)[i*32 + lane];
-            mag[i] = p.rope.mag[i*32 + lane];
-            dec_scale[i] = p.k.dec_scale[at + dim[i].x];
-            mean[i] = make_float2(p.k.mean[at + dim[i].x], p.k.mean[at + dim[i].y]);
-        }
-    }
-    grid_wait();
-    grid_next();
-    if (my_col < 8) {
-        // with the decoder's scales; with the mean. To f16's range, with a factor for each
-        float2 v[2][2] = {};
-        if (real) {
-            const int qh = (head0 + my_col/4)*gqa + my_col%4%gqa;
-            const float * q = (const float *) ((const char *) p.q + stream*p.q_nb_stream + my_col%4/gqa*p.q_nb_token + qh*p.q_nb_head);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float qa = q[dim[i].x]*mag[i];
-                const float qb = q[dim[i].y]*mag[i];
-                v[0][i] = make_float2(qa*dec_scale[i], qb*dec_scale[i]);
-                v[1][i] = make_float2(qa*mean[i].x + qb*mean[i].y, qb*mean[i].x - qa*mean[i].y);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            // turning changes no pair's length
-            const float top = sqrtf(warp_max(fmaxf(v[j][0].x*v[j][0].x + v[j][0].y*v[j][0].y, v[j][1].x*v[j][1].x + v[j][1].y*v[j][1].y)));
-            const float inv = top > 0.0f ? 1.0f/top : 0.0f;
-            if (lane == 0) {
-                sm_factor[j*8 + my_col] = j == 0 ? top*p.scale/p.trig_scale : top*p.scale;
-            }
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                sm_vec[(j*8 + my_col)*(HD/2) + i*32 + lane] = make_float2(v[j][i].x*inv, v[j][i].y*inv);
-            }
-        }
-    }
-    __syncthreads();
     // by one thread
     auto load_keys = [&](int t) {
         const int slot = t & 1;
@@ -269,18 +166,94 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
             }
         }
     };
-    if (threadIdx.x == 2*128) {
-        load_keys(0);
-        if (n_tile > 1) {
-            load_keys(1);
+
+    // Nobody does more than what his part needs before it waits for the kernels in front: a layer's tables come from memory for every
+    // token, and what a tile needs first is on its way while the rest is made ready.
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) {
+            mbar_init(bar_dec + i*8, 1);
+            mbar_init(bar_rows + i*8, 1);
+            mbar_init(bar_a + i*8, 1);
+            mbar_init(bar_a_free + i*8, 8*C);
+            mbar_init(bar_q + i*8, 4);
+            mbar_init(bar_s + i*8, 8);
+            mbar_init(bar_p + i*8, 1);
+            mbar_init(bar_p_free + i*8, 4*C);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_async();
+        for (int i = 0; i < 2; i++) {
+            mbar_expect(bar_dec + i*8, 128*pad);
         }
     }
-    cluster_sync(); // barriers are there
+    __syncthreads();
+    cluster_arrive(); // barriers are there
 
     if (wg < 2) {
         //
         // Scores
         //
+        {
+            // queries with the decoder's scales and with the mean, a warp per column; to f16's range, with a factor for each
+            const int my_col = threadIdx.x >> 5;
+            int2 dim[2];
+            float mag[2];
+            float4 pair[2]; // scale, means
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                dim[i] = ((const int2 *) p.rope.pair_dim)[i*32 + lane];
+                mag[i] = p.rope.mag[i*32 + lane];
+                pair[i] = *(const float4 *)(p.k.pairs + ((int64_t)(head0 + my_col/4)*(HD/2) + i*32 + lane)*8);
+            }
+            if (threadIdx.x >= 64 && threadIdx.x < 64 + 2*GP*4) {
+                const int i = threadIdx.x - 64;
+                const float * of = p.k.pairs + ((int64_t)(head0 + i/(GP*4))*(HD/2) + i%(GP*4)*2)*8 + 4;
+                const float2 half0 = *(const float2 *) of;
+                const float2 half1 = *(const float2 *)(of + 8);
+                sm_half[i] = make_float4(half0.x*p.trig_scale, half1.x*p.trig_scale, half0.y*p.trig_scale, half1.y*p.trig_scale);
+            }
+            grid_wait();
+            float2 v[2][2] = {};
+            if (my_col%4 < col_head) {
+                const int qh = (head0 + my_col/4)*gqa + my_col%4%gqa;
+                const float * q = (const float *) ((const char *) p.q + stream*p.q_nb_stream + my_col%4/gqa*p.q_nb_token + qh*p.q_nb_head);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float qa = q[dim[i].x]*mag[i];
+                    const float qb = q[dim[i].y]*mag[i];
+                    v[0][i] = make_float2(qa*pair[i].x, qb*pair[i].x);
+                    v[1][i] = make_float2(qa*pair[i].y + qb*pair[i].z, qb*pair[i].y - qa*pair[i].z);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                // turning changes no pair's length
+                const float top = sqrtf(warp_max(fmaxf(v[j][0].x*v[j][0].x + v[j][0].y*v[j][0].y, v[j][1].x*v[j][1].x + v[j][1].y*v[j][1].y)));
+                const float inv = top > 0.0f ? 1.0f/top : 0.0f;
+                if (lane == 0) {
+                    sm_factor[j*8 + my_col] = j == 0 ? top*p.scale/p.trig_scale : top*p.scale;
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    sm_vec[(j*8 + my_col)*(HD/2) + i*32 + lane] = make_float2(v[j][i].x*inv, v[j][i].y*inv);
+                }
+            }
+        }
+        bar_sync(5, 3*128); // queries and turns are there
+        // the table of this warp's cells: at half a position and further from the middle
+#pragma unroll 1
+        for (int i = threadIdx.x; i < GP*128; i += 256) {
+            const int64_t d = i%128/32*8 + i%32/4;
+            float s[2], c[2];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const uint64_t turn = sm_turn[i/128*8 + i%4*2 + j];
+                sincos_turn(d*turn + (uint64_t)((int64_t) turn >> 1), s[j], c[j]);
+            }
+            sm_trig[i] = make_uint2(pack_f16(c[0], c[1]), pack_f16(s[0], s[1]));
+        }
+        bar_sync(6, 256);
+        cluster_wait();
         reg_alloc<136>();
         const uint64_t desc_b = (uint64_t)((smem_u32(sm_dec) + wg*128*pad) >> 4 & 0x3fff) | (uint64_t)(2048 >> 4) << 16 | (uint64_t)(128 >> 4) << 32;
         const uint64_t desc_a = (uint64_t)(smem_u32(sm_a) >> 4 & 0x3fff) | (uint64_t)(128 >> 4) << 16 | (uint64_t)(8*pad >> 4) << 32;
@@ -413,6 +386,22 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         // Unpack keys
         //
         reg_free<40>();
+        for (uint32_t i = tid; i < pad/8; i += 128) {
+            // .x: first word's byte | shift within it << 16 | bits << 24, .y: 2^bits - 1 in every byte
+            const uint32_t seg = (int) i < gk.rank/8 ? p.k.segs[gk.seg0 + i] : 0;
+            const uint32_t bits = seg >> 24;
+            const uint32_t at = seg & 0xffffff;
+            sm_seg[i] = make_uint2((at & ~3u) | (at & 3) << 19 | bits << 24, ((1u << bits) - 1)*0x01010101u);
+        }
+        grid_wait();
+        if (tid == 0) {
+            load_keys(0);
+            if (n_tile > 1) {
+                load_keys(1);
+            }
+        }
+        bar_sync(1, 128);
+        cluster_wait();
         const uint32_t part_bytes = a_bytes/C;
         const int n_part = pad/32; // of 32 channels, four segments
         for (int t = 0; t < n_tile; t++) {
@@ -476,6 +465,12 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         }
     } else if (wg == 3) {
         reg_free<56>();
+        if (tid < HD/2) {
+            sm_turn[tid] = p.rope.turn[tid];
+        }
+        grid_wait();
+        cluster_wait();
+        bar_sync(5, 3*128);
         if (warp < 2) {
             //
             // Softmax: a thread has eight cells of a column
@@ -677,6 +672,15 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         // Values: segments of eight channels are dealt to blocks, then to warps, then to up to eight times four threads
         //
         reg_alloc<112>();
+        {
+            // the decoder, blocks of 64 columns side by side; by these warps, as copies of a warp are started one after the other
+            const int8_t * from = p.k.dec_tiles + gk.dec0 + (int64_t) head0*HD*pad;
+            for (uint32_t i = tid; i < 4*(pad/16); i += 128) {
+                const uint32_t c = i >> 2;
+                const uint32_t b = i & 3;
+                bulk_copy(smem_u32(sm_dec) + (b >> 1)*128*pad + c*2048 + (b & 1)*1024, from + (b*(pad/16) + c)*1024, 1024, bar_dec + (b >> 1)*8);
+            }
+        }
         const int n_seg = gv.rank/8;
         const int block_segs = (n_seg + C - 1)/C;
         const int warp_segs = (block_segs + 3)/4;
@@ -724,8 +728,11 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
             staged += VT;
             stage_at = stage_at == (VSTAGES - 1)*v_bytes ? 0 : stage_at + v_bytes;
         };
+        grid_wait();
+        grid_next();
         stage();
         stage();
+        cluster_wait();
         // where this thread's cells stand in a stage; the same for all, because 16 rows are a multiple of 16 bytes
         uint32_t my_row[2][2];
 #pragma unroll
@@ -818,7 +825,9 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
             }
         }
     }
-    cluster_sync(); // no block is gone while another writes to it
+    // no block is gone while another writes to it
+    cluster_arrive();
+    cluster_wait();
 }
 
 #endif

@@ -59,8 +59,8 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     const int stream = blockIdx.z;
     const int gqa = p.n_head/p.k.n_head_kv;
     const int col_head = gqa*p.n_token;
-    const palu_cuda_group gk = p.k.groups[0];
-    const palu_cuda_group gv = p.v.groups[0];
+    const palu_cuda_group gk = p.k.near_groups[0];
+    const palu_cuda_group gv = p.v.near_groups[0];
     const uint32_t rows_bytes = max(16384, (64*p.k.row_bytes + 144 + 127)/128*128); // palu_cuda_wide_rows()
 
     uint8_t * ring = smem_sm90;                                  // [N_SLOT][SLOT]

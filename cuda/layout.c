@@ -4,7 +4,7 @@
 
 const size_t palu_cuda_layout[] = {
     sizeof(palu_cuda_group),   offsetof(palu_cuda_group, dec0),        offsetof(palu_cuda_group, enc0),
-    sizeof(palu_cuda_side),    offsetof(palu_cuda_side, step),         offsetof(palu_cuda_side, slice_span),
+    sizeof(palu_cuda_side),    offsetof(palu_cuda_side, step),         offsetof(palu_cuda_side, slice_span),   offsetof(palu_cuda_side, near_groups),
     sizeof(palu_cuda_rope),    offsetof(palu_cuda_rope, n_fast),
     sizeof(palu_cuda_attn),    offsetof(palu_cuda_attn, rows_k),       offsetof(palu_cuda_attn, out),
                                offsetof(palu_cuda_attn, mask_f16),     offsetof(palu_cuda_attn, v_stage_words),

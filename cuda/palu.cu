@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(1024) palu_combine(const __grid_con
     const int n_block = gridDim.x/p.n_head;               // of a query row
     const int qh = blockIdx.x/n_block;
     const int head = qh/(p.n_head/p.v.n_head_kv);
-    const palu_cuda_group g = p.v.groups[head/p.v.group_size];
+    const palu_cuda_group g = side_group(p.v, head/p.v.group_size);
     const int64_t row = ((int64_t) blockIdx.z*p.n_token + blockIdx.y)*p.n_head + qh;
     const int stride = 4 + p.rank_stride;
     const float * part = p.partial + row*p.n_chunk*stride;

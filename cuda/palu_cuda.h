@@ -35,6 +35,8 @@ typedef struct palu_cuda_group {
     int64_t enc0;      // first element of its encoder [rank][d] in palu_cuda_side.enc
 } palu_cuda_group;
 
+#define PALU_CUDA_NEAR_GROUPS 8   // so many groups come with the parameters: tables are found without reading memory first
+
 // One side (keys or values) of one layer.
 typedef struct palu_cuda_side {
     const palu_cuda_group * groups; // [n_group]
@@ -45,6 +47,7 @@ typedef struct palu_cuda_side {
     const float    * dec_scale;     // [n_head_kv*head_dim]
     const float    * dec_half;      // [n_head_kv*head_dim] half the sum over c of weight[d][c] (for values only rebuilding reads it)
     const float    * mean;          // [n_head_kv*head_dim]
+    const float    * pairs;         // keys: [n_head_kv*head_dim/2][8] of RoPE's pairs: dec_scale, both means, unused, both dec_half, unused
     const uint16_t * enc;           // f16, per group [rank][group_size*head_dim]; only for storing
     const float    * step;          // per group [rank]; only for storing
     int32_t n_head_kv;
@@ -57,6 +60,7 @@ typedef struct palu_cuda_side {
     int32_t rank_sum;               // over all groups
     int32_t planes;                 // bytes of a weight, the upper one first: 1, or 2 with weight = 256*plane[0] + plane[1], both signed
     int32_t slice_span;             // palu_cuda_slice_span()
+    palu_cuda_group near_groups[PALU_CUDA_NEAR_GROUPS]; // the first of groups
 } palu_cuda_side;
 
 // RoPE as tables, so that NORM, NEOX, partial RoPE, frequency factors and YaRN are all the same to a kernel. Every
@@ -262,6 +266,9 @@ int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * 
 // columns, 16 are 8 pairs' first dimensions, then their second ones. pair_dim: as in palu_cuda_rope. Only with planes = 1 and
 // head_dim a multiple of 64; else returns -1.
 int palu_cuda_tile_keys(const palu_cuda_side * side, const palu_cuda_group * groups, const int32_t * pair_dim, const int8_t * dec, int8_t * out);
+
+// palu_cuda_side.pairs from the host's copies of the side's tables. pair_dim: as in palu_cuda_rope.
+void palu_cuda_pair_table(const palu_cuda_side * side, const int32_t * pair_dim, const float * dec_scale, const float * dec_half, const float * mean, float * out);
 
 // For decode_sm90_cheb: pairs before the first from which on none turns by more than 2.6/64 radians per position.
 int32_t palu_cuda_fast_pairs(const uint64_t * turn, int32_t n_pair);

@@ -192,6 +192,16 @@ static int plan_sm90(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
     return -1;
 }
 
+void palu_cuda_pair_table(const palu_cuda_side * side, const int32_t * pair_dim, const float * dec_scale, const float * dec_half, const float * mean, float * out) {
+    const int32_t n = side->head_dim/2;
+    for (int32_t i = 0; i < side->n_head_kv*n; i++) {
+        const int32_t a = i/n*side->head_dim + pair_dim[i%n*2];
+        const int32_t b = i/n*side->head_dim + pair_dim[i%n*2 + 1];
+        const float pair[8] = { dec_scale[a], mean[a], mean[b], 0.0f, dec_half[a], dec_half[b], 0.0f, 0.0f };
+        memcpy(out + i*8, pair, sizeof(pair));
+    }
+}
+
 int32_t palu_cuda_fast_pairs(const uint64_t * turn, int32_t n_pair) {
     const double most = 2.6/64/6.283185307179586*18446744073709551616.0;
     int32_t n = n_pair;

@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
             }
         }
     }
-    if (p.beside) {
+    if (p.beside && kv == 0 && stream == 0 && token == 0) {
         grid_wait();
     }
 }

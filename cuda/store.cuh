@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
     const int lane = threadIdx.x & 31;
     int gi = blockIdx.y;
     const palu_cuda_stored & p = stored_side(all, gi);
-    const palu_cuda_group & group = p.side.groups[gi];
+    const palu_cuda_group group = side_group(p.side, gi);
     const int c = blockIdx.x*8 + (threadIdx.x >> 5);
     if (c >= group.rank) {
         return;
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
     int gi = blockIdx.y;
     const palu_cuda_stored & p = stored_side(all, gi);
     const int n_token = all.n_token;
-    const palu_cuda_group & group = p.side.groups[gi];
+    const palu_cuda_group group = side_group(p.side, gi);
     const int rank = group.rank;
     const int c0 = blockIdx.x*64;
     if (c0 >= rank) {
@@ -268,7 +268,7 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & all_p, u
     const int tid = threadIdx.x%THREADS;
     const int lane = threadIdx.x & 31;
     const int warp = WARPS == 1 ? 0 : threadIdx.x >> 5;
-    const palu_cuda_group & group = p.side.groups[gi];
+    const palu_cuda_group group = side_group(p.side, gi);
     const int rank = group.rank;
     float * tmp    = (float *) smem;      // [2][8]
     float * y      = tmp + 16;            // [rank] latent in steps
@@ -519,7 +519,7 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & all_p, u
             row[i] = 0;
         }
     }
-    if (all_p.beside) {
+    if (all_p.beside && token == 0 && blockIdx.y == 0) {
         grid_wait();
     }
 }

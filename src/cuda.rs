@@ -35,6 +35,9 @@ mod abi {
         pub enc0: i64,
     }
 
+    /// `PALU_CUDA_NEAR_GROUPS`
+    pub const NEAR_GROUPS: usize = 8;
+
     #[repr(C)]
     #[derive(Clone, Copy, Debug)]
     pub struct Side {
@@ -45,6 +48,7 @@ mod abi {
         pub dec_scale: *const f32,
         pub dec_half: *const f32,
         pub mean: *const f32,
+        pub pairs: *const f32,
         pub enc: *const u16,
         pub step: *const f32,
         pub n_head_kv: i32,
@@ -57,6 +61,7 @@ mod abi {
         pub rank_sum: i32,
         pub planes: i32,
         pub slice_span: i32,
+        pub near_groups: [Group; NEAR_GROUPS],
     }
 
     #[repr(C)]
@@ -243,6 +248,14 @@ mod abi {
             out: *mut i8,
         ) -> i32;
         pub fn palu_cuda_slice_span(side: *const Side, groups: *const Group, segs: *const u32) -> i32;
+        pub fn palu_cuda_pair_table(
+            side: *const Side,
+            pair_dim: *const i32,
+            dec_scale: *const f32,
+            dec_half: *const f32,
+            mean: *const f32,
+            out: *mut f32,
+        );
         pub fn palu_cuda_fast_pairs(turn: *const u64, n_pair: i32) -> i32;
         pub fn palu_cuda_plan_on_rows(dev: *const DeviceInfo, p: *const Attn) -> i32;
         pub fn palu_cuda_partial_size(p: *const Attn) -> usize;
@@ -494,6 +507,7 @@ impl abi::Side {
             dec_scale: moved(self.dec_scale, base),
             dec_half: moved(self.dec_half, base),
             mean: moved(self.mean, base),
+            pairs: moved(self.pairs, base),
             enc: moved(self.enc, base),
             step: moved(self.step, base),
             ..self
@@ -569,6 +583,7 @@ fn side_tables(
         dec_scale: tables.add(&dec_scale),
         dec_half: tables.add(&dec_half),
         mean: tables.add(&side.mean),
+        pairs: std::ptr::null(),
         enc: tables.add(&enc),
         step: tables.add(&step),
         n_head_kv: side.n_head_kv as i32,
@@ -581,6 +596,7 @@ fn side_tables(
         rank_sum: step.len() as i32,
         planes: n_plane as i32,
         slice_span: 0,
+        near_groups: std::array::from_fn(|i| groups.get(i).copied().unwrap_or_default()),
     };
     // SAFETY: groups and segments of this side
     header.slice_span = unsafe { palu_cuda_slice_span(&header, groups.as_ptr(), segs.as_ptr()) };
@@ -593,6 +609,19 @@ fn side_tables(
         if status == 0 {
             header.dec_tiles = tables.add(&tiles);
         }
+        let mut of_pairs = vec![0.0f32; 4 * dec_scale.len()];
+        // SAFETY: tables and pairs of this side, whose heads have an even number of dimensions; eight numbers for each pair
+        unsafe {
+            palu_cuda_pair_table(
+                &header,
+                pair_dim.as_ptr(),
+                dec_scale.as_ptr(),
+                dec_half.as_ptr(),
+                side.mean.as_ptr(),
+                of_pairs.as_mut_ptr(),
+            );
+        }
+        header.pairs = tables.add(&of_pairs);
     }
     (header, groups, trig_scale)
 }
@@ -1001,6 +1030,7 @@ mod tests {
             size_of::<abi::Side>(),
             offset_of!(abi::Side, step),
             offset_of!(abi::Side, slice_span),
+            offset_of!(abi::Side, near_groups),
             size_of::<abi::Rope>(),
             offset_of!(abi::Rope, n_fast),
             size_of::<Attn>(),
