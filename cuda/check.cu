@@ -562,21 +562,33 @@ static double distance(const std::vector<float> & a, const std::vector<double> &
     return std::sqrt(e/n);
 }
 
-struct Plan { palu_cuda_launch decode, combine; };
+struct Plan {
+    palu_cuda_launch decode, rest, combine;
+    palu_cuda_part part; // of the second decode kernel
+};
+
+static void launch_decode(const Plan & plan, palu_cuda_attn p, cudaStream_t stream = 0) {
+    launch(plan.decode, p, stream);
+    p.part = plan.part;
+    launch(plan.rest, p, stream);
+}
+
 
 static Plan plan(const palu_cuda_device & dev, palu_cuda_attn & p, const Problem & x) {
-    palu_cuda_launch l[2];
-    if (palu_cuda_plan_attn(&dev, &p, x.k.groups.data(), x.v.groups.data(), l)) {
+    (void) x;
+    palu_cuda_launch l[3];
+    palu_cuda_part part;
+    if (palu_cuda_plan_attn(&dev, &p, &part, l)) {
         printf("no plan\n");
         exit(2);
     }
-    return { l[0], l[1] };
+    return { l[0], l[1], l[2], part };
 }
 
 static std::vector<float> run_attn(palu_cuda_attn p, const Plan & plan, size_t n_out) {
     p.partial = (float *) room(palu_cuda_partial_size(&p)*4);
     p.out = (float *) room(n_out*4);
-    launch(plan.decode, p);
+    launch_decode(plan, p);
     launch(plan.combine, p);
     std::vector<float> out(n_out);
     CHECK(cudaDeviceSynchronize());
@@ -607,8 +619,13 @@ static void check_case(const Case & c) {
         dev.n_sm = dev.n_cluster = 1;
         const Plan single = plan(dev, p, x);
         const double one = distance(run_attn(p, single, ref.size()), ref);
-        ok &= many < 3e-3 && one < 3e-3;
-        printf("  %s %.1e, in one chunk %.1e", fast.decode.kernel + strlen("palu_decode_"), many, one);
+        // two clusters, and room for others beside them
+        dev.n_sm = 12;
+        dev.n_cluster = 2;
+        const Plan few = plan(dev, p, x);
+        const double two = distance(run_attn(p, few, ref.size()), ref);
+        ok &= many < 3e-3 && one < 3e-3 && two < 3e-3;
+        printf("  %s %.1e, in one chunk %.1e, in few%s %.1e", fast.decode.kernel + strlen("palu_decode_"), many, one, few.rest.kernel ? " by two kernels" : "", two);
     }
     printf("  %s\n", ok ? "ok" : "WRONG");
     fflush(stdout);
@@ -659,7 +676,7 @@ static void bench_case(Case c, const std::vector<int> & sizes, bool json = false
             // something before, so that the launches are queued when the clock starts
             launch(fast.combine, p);
             CHECK(cudaEventRecord(e[0]));
-            launch(fast.decode, p);
+            launch_decode(fast, p);
             CHECK(cudaEventRecord(e[1]));
             launch(fast.combine, p);
             CHECK(cudaEventRecord(e[2]));
@@ -678,7 +695,7 @@ static void bench_case(Case c, const std::vector<int> & sizes, bool json = false
         for (int i = 0; i < n_rep; i++) {
             p.rows_k = rows_k[i%n_set];
             p.rows_v = rows_v[i%n_set];
-            launch(fast.decode, p);
+            launch_decode(fast, p);
             launch(fast.combine, p);
         }
         CHECK(cudaEventRecord(e[2]));
@@ -785,6 +802,7 @@ int main(int argc, char ** argv) {
         { "GQA 16/4x128 joint, pieces, f32 mask, softcap, 3 streams", 16, 4, 128, 128,  4, 4, {232}, {320}, 8, 1, 7, 1,  1, 3,  700, 128, 0, false, 2, false, 30, 0, 1, 16 },
         { "GQA 8/2x128 joint, random positions, all bits, partial RoPE, ALiBi", 8, 2, 128, 128,  2, 2, {120}, {168}, 0, 0, 0, 0,  1, 1,  1300, 64, 32, true, 1, true, 0, 8, 2, 4 },
         { "GQA 32/8x128 joint, 480 and 624, first values of 8 bits", 32, 8, 128, 128,  8, 8, {480}, {624}, 7, 1, 8, 4,  1, 1,  2000, 128, 0, false, 1, false, 0, 0, 0, 4, 1, 2, 3 },
+        { "GQA 32/8x128 joint, 480 and 640, 5000 cells, pieces, f16 mask, sinks", 32, 8, 128, 128,  8, 8, {480}, {640}, 7, 1, 7, 1,  1, 1,  5000, 128, 0, false, 1, true, 0, 0, 1, 4, 1, 2, 1.2 },
         { "one cell", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  1, 128, 0, false, 0, false, 0, 0, 0, 4 },
     };
     if (what == "table") {

@@ -560,16 +560,17 @@ static void check_decode_mma(const Case & c) {
         for (int n_sm : { device.n_sm, 1 }) {
             palu_cuda_device dev = { 89, n_sm, smem };
             palu_cuda_attn p = x.p;
-            palu_cuda_launch l[2];
-            const bool none = palu_cuda_plan_attn(&dev, &p, x.k.groups.data(), x.v.groups.data(), l);
-            const Plan way = { l[0], l[1] };
+            palu_cuda_launch l[3];
+            palu_cuda_part rest;
+            const bool none = palu_cuda_plan_attn(&dev, &p, &rest, l);
+            const Plan way = { l[0], l[1], l[2], rest };
             if (none || !strcmp(way.decode.kernel, "palu_decode")) {
                 printf("  (does not fit %d)", smem);
                 break;
             }
             const double error = distance(run_attn(p, way, ref.size()), ref);
             const bool ok = error < 3e-3;
-            printf("  %s %d/%d/%d %.1e%s", way.decode.kernel + strlen("palu_decode_mma_"), p.heads_per_cta, p.n_chunk, p.mma_slice, error, ok ? "" : " WRONG");
+            printf("  %s %d/%d/%d %.1e%s", way.decode.kernel + strlen("palu_decode_mma_"), p.part.heads_per_cta, p.n_chunk, p.mma_slice, error, ok ? "" : " WRONG");
             n_wrong += !ok;
         }
     }
@@ -606,10 +607,10 @@ static void bench_decode_mma(Case c) {
         }
         p.partial = (float *) room(palu_cuda_partial_size(&p)*4);
         const float us = time_us(arch ? 20 : 2, [&](int) {
-            launch(way.decode, p);
+            launch_decode(way, p);
             launch(way.combine, p);
         });
-        printf("  %s %d/%d %8.1f us", way.decode.kernel + strlen("palu_decode"), p.heads_per_cta, p.n_chunk, us);
+        printf("  %s %d/%d %8.1f us", way.decode.kernel + strlen("palu_decode"), p.part.heads_per_cta, p.n_chunk, us);
         fflush(stdout);
         out.emplace_back((size_t) c.n_token*c.n_head*c.hd_v);
         CHECK(cudaMemcpy(out.back().data(), p.out, out.back().size()*4, cudaMemcpyDeviceToHost));

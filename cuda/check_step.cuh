@@ -112,7 +112,7 @@ static void bench_step(Case c, const std::vector<int> & sizes) {
                             case 'f': read_all<<<132*4, 512, 0, on>>>(filler + weights/16*(il%3), weights/16, sink); break;
                             case 'P': launch(l.stores[0], l.store, on); break;
                             case 'Q': case 'q': launch(l.stores[1], l.store, on); break;
-                            case 'C': launch(l.plan.decode, l.attn, on); break;
+                            case 'C': launch_decode(l.plan, l.attn, on); break;
                             case 'R': launch(l.recents[0], l.recent, on); break;
                             case 'D': launch(l.plan.combine, l.attn, on); break;
                         }

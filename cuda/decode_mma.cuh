@@ -34,7 +34,7 @@ static __device__ __forceinline__ void decode_mma(const palu_cuda_attn & p) {
     const int warp = tid >> 5;
     const int wc = warp%(T/16);            // of the cells
     const int wd = warp/(T/16);            // of the dimensions
-    const int hs = p.heads_per_cta;
+    const int hs = p.part.heads_per_cta;
     const int gqa = p.n_head/p.k.n_head_kv;
     const int n_col_all = gqa*p.n_token;
     const int n_col_block = (n_col_all + p.mma_cols - 1)/p.mma_cols;
@@ -168,8 +168,8 @@ static __device__ __forceinline__ void decode_mma(const palu_cuda_attn & p) {
     const int v_mine = max(0, min(v_each, v_frags - v_first));
     float acc_v[MV][NF][4] = {};
 
-    const int cell_begin = blockIdx.x*p.chunk_tiles*PALU_CUDA_TILE;
-    const int cell_end = min(p.n_kv, cell_begin + p.chunk_tiles*PALU_CUDA_TILE);
+    const int cell_begin = blockIdx.x*p.part.chunk_tiles*PALU_CUDA_TILE;
+    const int cell_end = min(p.n_kv, cell_begin + p.part.chunk_tiles*PALU_CUDA_TILE);
     if (cell_begin < cell_end) {
         fetch(cell_begin);
     }

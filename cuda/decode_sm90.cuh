@@ -336,8 +336,8 @@ static __device__ __forceinline__ void decode_sm90(const palu_cuda_attn & p) {
     float   * sm_scale = (float *)(sm_seg + KS*4);                       // [3][8]
     uint64_t * sm_bar = (uint64_t *)(sm_scale + 24);                     // [2][NS]: scores are ready, scores have been read
 
-    const int tile0 = blockIdx.x*p.chunk_tiles;
-    const int n_tile = min(p.chunk_tiles, (p.n_kv + 63)/64 - tile0);
+    const int tile0 = blockIdx.x*p.part.chunk_tiles;
+    const int n_tile = min(p.part.chunk_tiles, (p.n_kv + 63)/64 - tile0);
 
     // rows
     const uint8_t * rows_k = p.rows_k + stream*p.rows_k_nb_stream;

@@ -180,8 +180,8 @@ template <int GF, int NS> static __device__ __forceinline__ void decode_sm90_che
     const uint32_t bar_summed = bar_values + NS*16;      // [NS][VSTAGES] values' rows have been read
     const uint32_t bar_cells = bar_summed + NS*16;       // [4] scales, masks and positions are here
 
-    const int tile0 = blockIdx.x*p.chunk_tiles;
-    const int n_tile = min(p.chunk_tiles, (p.n_kv + 63)/64 - tile0);
+    const int tile0 = blockIdx.x*p.part.chunk_tiles;
+    const int n_tile = min(p.part.chunk_tiles, (p.n_kv + 63)/64 - tile0);
     const int n_unit = (n_tile + NS - 1)/NS;
 
     // rows

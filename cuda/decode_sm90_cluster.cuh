@@ -136,8 +136,8 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     const uint32_t bar_p = bar_s + 16;             // [2] all blocks' weights are here
     const uint32_t bar_p_free = bar_p + 16;        // [2] all blocks have read this one's
 
-    const int tile0 = blockIdx.x*p.chunk_tiles;
-    const int n_tile = min(p.chunk_tiles, (p.n_kv + 63)/64 - tile0);
+    const int tile0 = blockIdx.x*p.part.chunk_tiles;
+    const int n_tile = min(p.part.chunk_tiles, p.part.end_tile - tile0);
     const uint8_t * rows_k = p.rows_k + stream*p.rows_k_nb_stream;
     const uint8_t * rows_v = p.rows_v + stream*p.rows_v_nb_stream;
     const int32_t * pos = p.pos + (int64_t) stream*p.n_kv;

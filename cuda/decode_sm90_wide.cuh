@@ -54,7 +54,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     const int l4 = lane >> 2;
     const int quad = lane & 3;
 
-    const int n_h = p.heads_per_cta;
+    const int n_h = p.part.heads_per_cta;
     const int head0 = blockIdx.y*n_h;
     const int stream = blockIdx.z;
     const int gqa = p.n_head/p.k.n_head_kv;
@@ -83,8 +83,8 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     const uint32_t bar_values = bar_full + 2*N_SLOT*8;
     const uint32_t bar_rows = bar_full + 3*N_SLOT*8;
 
-    const int tile0 = blockIdx.x*p.chunk_tiles;
-    const int n_tile = min(p.chunk_tiles, (p.n_kv + 63)/64 - tile0);
+    const int tile0 = p.part.first_tile + blockIdx.x*p.part.chunk_tiles;
+    const int n_tile = min(p.part.chunk_tiles, p.part.end_tile - tile0);
     const int n_pass = (n_tile + 3)/4;
     const int cell_end = min(p.n_kv, (tile0 + n_tile)*64);
     const uint8_t * rows_k = p.rows_k + stream*p.rows_k_nb_stream;
@@ -157,7 +157,7 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
         const int h = lane/col_head;
         const bool real = h < n_h;
         sm_token[lane] = real ? lane%col_head/gqa : -1;
-        sm_out[lane] = real ? ((((int64_t) stream*p.n_token + lane%col_head/gqa)*p.n_head + (head0 + h)*gqa + lane%gqa)*p.n_chunk + blockIdx.x)*(4 + p.rank_stride) + 4 : -1;
+        sm_out[lane] = real ? ((((int64_t) stream*p.n_token + lane%col_head/gqa)*p.n_head + (head0 + h)*gqa + lane%gqa)*p.n_chunk + p.part.first_chunk + blockIdx.x)*(4 + p.rank_stride) + 4 : -1;
         sm_slope[lane] = real ? alibi_slope(p.max_bias, p.n_head, (head0 + h)*gqa + lane%gqa) : 1.0f;
     }
 
@@ -191,7 +191,9 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
             half[n][i] = make_float2(scale[n][i]*p.k.dec_half[at + dim[i].x], scale[n][i]*p.k.dec_half[at + dim[i].y]);
         }
     }
-    grid_wait();
+    if (!p.part.beside) {
+        grid_wait();
+    }
     grid_next();
     load_keys(0);
     prefetch_pass(0);
@@ -689,6 +691,9 @@ static __device__ __forceinline__ void decode_sm90_wide(const palu_cuda_attn & p
     }
     if (warp == 0 && sm_out[lane] >= 0) {
         *(float4 *)(p.partial + sm_out[lane] - 4) = make_float4(sm_sums[lane], sm_sums[32 + lane], sm_sums[64 + lane]*(1.0f/P_SCALE), 0.0f);
+    }
+    if (p.part.beside && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) {
+        grid_wait();
     }
 }
 

@@ -81,8 +81,8 @@ extern "C" __global__ void __launch_bounds__(128) palu_decode(const __grid_const
     const uint8_t * rows_k = p.rows_k + stream*p.rows_k_nb_stream;
     const uint8_t * rows_v = p.rows_v + stream*p.rows_v_nb_stream;
 
-    const int cell_begin = blockIdx.x*p.chunk_tiles*PALU_CUDA_TILE;
-    const int cell_end = min(p.n_kv, cell_begin + p.chunk_tiles*PALU_CUDA_TILE);
+    const int cell_begin = blockIdx.x*p.part.chunk_tiles*PALU_CUDA_TILE;
+    const int cell_end = min(p.n_kv, cell_begin + p.part.chunk_tiles*PALU_CUDA_TILE);
     for (int cell0 = cell_begin; cell0 < cell_end; cell0 += T) {
         const int n = min(T, cell_end - cell0);
         __syncthreads();

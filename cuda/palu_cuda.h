@@ -73,6 +73,16 @@ typedef struct palu_cuda_rope {
     int32_t          n_fast;   // palu_cuda_fast_pairs(): the pairs from here on turn slowly
 } palu_cuda_rope;
 
+// What a decode kernel works on: tiles of PALU_CUDA_TILE cells, and chunks of these, one for every block or cluster.
+typedef struct palu_cuda_part {
+    int32_t first_chunk;
+    int32_t first_tile;
+    int32_t end_tile;
+    int32_t chunk_tiles;   // tiles per chunk
+    int32_t heads_per_cta; // KV heads that a block works on
+    int32_t beside;        // 1: runs beside the kernel in front of it, which works on the rest (common.cuh)
+} palu_cuda_part;
+
 // palu_attn_params of include/palu.h with the layer's tables.
 typedef struct palu_cuda_attn {
     palu_cuda_side k;
@@ -101,13 +111,12 @@ typedef struct palu_cuda_attn {
     int32_t         n_stream;
     int32_t         n_kv;
     int32_t         n_chunk;       // parts that the context is split into
-    int32_t         chunk_tiles;   // tiles of PALU_CUDA_TILE cells per chunk; n_chunk*chunk_tiles tiles cover n_kv
+    palu_cuda_part  part;          // of the context, which this launch works on
     int32_t         rank_stride;   // v.rank_max rounded up to 8
     float           scale;
     float           softcap;
     float           max_bias;
     float           trig_scale;    // decode_sm90: power of two, at most 1, with which rebuilt keys, as integers, stay below 46000
-    int32_t         heads_per_cta; // decode_sm90, decode_mma: KV heads that a block works on
     int32_t         mma_cols;      // decode_mma: query rows of a KV head that a block works on, at most
     int32_t         mma_slice;     // decode_mma: channels of values that a block works on, at most
     int32_t         k_stage_words; // decode_sm90: 4-byte words of a staged key row, 4 modulo 8
@@ -250,7 +259,8 @@ typedef struct palu_cuda_launch {
 // are not read; groups: the host's copies of p->k.groups and so on. Returns 0, or -1 if no kernel can do it.
 int palu_cuda_plan_store  (const palu_cuda_device * dev, const palu_cuda_store * p, palu_cuda_launch out[2]);
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);
-int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]);
+// Attention: one decode kernel or two, the second with p->part = *rest (else it is not to be launched), and the combine.
+int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, palu_cuda_part * rest, palu_cuda_launch out[3]);
 
 // One cluster of decode_sm90_cluster with all of the device's shared memory: what palu_cuda_device.n_cluster is asked of the driver with.
 int palu_cuda_plan_one_cluster(const palu_cuda_device * dev, palu_cuda_launch out[1]);
@@ -329,7 +339,7 @@ static inline int32_t palu_cuda_sm90_value(int32_t k_steps) { return k_steps <= 
 static inline size_t palu_cuda_sm90_smem(const palu_cuda_attn * p, int32_t k_steps) {
     const int32_t hd = p->k.head_dim;
     const size_t n_score = (size_t) palu_cuda_sm90_score(k_steps);
-    return (size_t) p->heads_per_cta*hd*k_steps*32   // decoder
+    return (size_t) p->part.heads_per_cta*hd*k_steps*32   // decoder
          + (size_t) hd/16*128*16                     // cos, sin
          + n_score*hd/16*32*24                       // query fragments, per score warpgroup
          + (size_t) 64*hd                            // query vectors

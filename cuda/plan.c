@@ -151,8 +151,8 @@ int palu_cuda_tile_keys(const palu_cuda_side * side, const palu_cuda_group * gro
 static void split(palu_cuda_attn * p, int64_t n_block, int64_t others) {
     const int32_t tiles = palu_cuda_max32(1, ceil_div(p->n_kv, PALU_CUDA_TILE));
     const int32_t n = palu_cuda_max32(1, min32(tiles, (int32_t)(n_block/(others > 0 ? others : 1))));
-    p->chunk_tiles = ceil_div(tiles, n);
-    p->n_chunk = ceil_div(tiles, p->chunk_tiles);
+    p->part = (palu_cuda_part) { 0, 0, tiles, ceil_div(tiles, n), p->part.heads_per_cta, 0 };
+    p->n_chunk = ceil_div(tiles, p->part.chunk_tiles);
 }
 
 static const struct sm90_kernel {
@@ -177,7 +177,7 @@ static int plan_sm90(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
             f->k_steps*32 < p->k.rank_max || f->v_units*128 < p->v.rank_max) {
             continue;
         }
-        p->heads_per_cta = f->heads;
+        p->part.heads_per_cta = f->heads;
         p->k_stage_words = palu_cuda_stage_words(&p->k);
         p->v_stage_words = palu_cuda_stage_words(&p->v);
         const size_t smem = palu_cuda_sm90_smem(p, f->k_steps);
@@ -238,11 +238,11 @@ static int plan_cheb(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
         if (f->fast*8 < p->rope.n_fast || smem > (size_t) dev->smem_optin) {
             continue;
         }
-        p->heads_per_cta = 4;
+        p->part.heads_per_cta = 4;
         const int32_t blocks = p->k.n_head_kv/4;
         split(p, dev->n_sm, (int64_t) blocks*p->n_stream);
-        p->chunk_tiles = ceil_div(p->chunk_tiles, f->tiles)*f->tiles; // a pass takes so many
-        p->n_chunk = ceil_div(ceil_div(p->n_kv, PALU_CUDA_TILE), p->chunk_tiles);
+        p->part.chunk_tiles = ceil_div(p->part.chunk_tiles, f->tiles)*f->tiles; // a pass takes so many
+        p->n_chunk = ceil_div(ceil_div(p->n_kv, PALU_CUDA_TILE), p->part.chunk_tiles);
         return set_launch(dev, out, f->name, p->n_chunk, blocks, p->n_stream, 128*(uint32_t)(f->tiles + 5), smem);
     }
     return -1;
@@ -258,32 +258,40 @@ static const struct wide_kernel {
 #undef X
 };
 
-static int plan_wide(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
+// The kernel of decode_sm90_wide that does this, or NULL.
+static const struct wide_kernel * wide_kernel_for(const palu_cuda_device * dev, const palu_cuda_attn * p) {
     const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
     if (dev->arch != 90 || p->k.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 ||
         p->k.n_group != 1 || p->v.n_group != 1 || !p->k.dec_tiles || p->k.rank_max == 0 || p->k.n_head_kv > 8 || cols > 4 || p->v.rank_max > 640 ||
         (p->n_stream > 1 && (p->rows_k_nb_stream%16 || p->rows_v_nb_stream%16))) {
-        return -1;
+        return NULL;
     }
     for (size_t i = 0; i < sizeof(wide_kernels)/sizeof(wide_kernels[0]); i++) {
         const struct wide_kernel * f = &wide_kernels[i];
-        if (f->k_steps*32 < p->k.rank_max) {
-            continue;
+        if (f->k_steps*32 >= p->k.rank_max && palu_cuda_wide_smem(p, f->k_steps) <= (size_t) dev->smem_optin && 64*p->v.row_bytes + 144 <= PALU_CUDA_WIDE_SLOT(f->k_steps)) {
+            return f;
         }
-        const size_t smem = palu_cuda_wide_smem(p, f->k_steps);
-        if (smem > (size_t) dev->smem_optin || 64*p->v.row_bytes + 144 > PALU_CUDA_WIDE_SLOT(f->k_steps)) {
-            continue;
-        }
-        // fewer heads in a block rather than fewer than 256 cells
-        int32_t n = 1;
-        do {
-            p->heads_per_cta = p->k.n_head_kv/n;
-            split(p, dev->n_sm, (int64_t) p->n_stream*n);
-            n *= 2;
-        } while (p->chunk_tiles < 4 && p->k.n_head_kv%n == 0);
-        return set_launch(dev, out, p->trig_scale < 1.0f ? f->name_scaled : f->name, p->n_chunk, p->k.n_head_kv/p->heads_per_cta, p->n_stream, 512, smem);
     }
-    return -1;
+    return NULL;
+}
+
+static int wide_launch(const palu_cuda_device * dev, const palu_cuda_attn * p, const struct wide_kernel * f, int32_t n_chunk, int32_t heads, palu_cuda_launch * out) {
+    return set_launch(dev, out, p->trig_scale < 1.0f ? f->name_scaled : f->name, n_chunk, p->k.n_head_kv/heads, p->n_stream, 512, palu_cuda_wide_smem(p, f->k_steps));
+}
+
+static int plan_wide(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
+    const struct wide_kernel * f = wide_kernel_for(dev, p);
+    if (!f) {
+        return -1;
+    }
+    // fewer heads in a block rather than fewer than 256 cells
+    int32_t n = 1;
+    do {
+        p->part.heads_per_cta = p->k.n_head_kv/n;
+        split(p, dev->n_sm, (int64_t) p->n_stream*n);
+        n *= 2;
+    } while (p->part.chunk_tiles < 4 && p->k.n_head_kv%n == 0);
+    return wide_launch(dev, p, f, p->n_chunk, p->part.heads_per_cta, out);
 }
 
 int32_t palu_cuda_slice_span(const palu_cuda_side * side, const palu_cuda_group * groups, const uint32_t * segs) {
@@ -309,7 +317,41 @@ int palu_cuda_plan_one_cluster(const palu_cuda_device * dev, palu_cuda_launch ou
     return cluster_launch(dev, out, 1, 1, (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT));
 }
 
-static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch * out) {
+// Multiprocessors that no cluster finds room on take a part of a long context with decode_sm90_wide, 256 cells at a time, for which it
+// takes as long as a cluster for PASS of its tiles. Two are left to what else runs beside.
+static void plan_rest(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_part * rest, palu_cuda_launch * out) {
+    enum { PASS = 21, START = 2, OTHERS = 2 };
+    const struct wide_kernel * f = wide_kernel_for(dev, p);
+    const int32_t n_idle = dev->n_sm - PALU_CUDA_CLUSTER*dev->n_cluster - OTHERS;
+    if (!f || n_idle < 1 || p->n_stream > 1 || p->n_chunk != dev->n_cluster) {
+        return;
+    }
+    const int32_t tiles = p->part.end_tile;
+    int32_t n_pass = 0;
+    int32_t mine = p->part.chunk_tiles; // tiles of a cluster
+    for (int32_t n = 1; ; n++) {
+        const int32_t left = ceil_div(tiles - 4*n*n_idle, dev->n_cluster);
+        if (left < n*PASS + START) {
+            break;
+        }
+        n_pass = n;
+        mine = left;
+    }
+    if (mine == p->part.chunk_tiles) {
+        return;
+    }
+    const int32_t n_cluster = dev->n_cluster;
+    *rest = (palu_cuda_part) { n_cluster, n_cluster*mine, tiles, 4*n_pass, p->k.n_head_kv, 1 };
+    const int32_t n_rest = ceil_div(tiles - rest->first_tile, rest->chunk_tiles);
+    if (n_rest < 1 || wide_launch(dev, p, f, n_rest, p->k.n_head_kv, out)) {
+        return;
+    }
+    p->part.chunk_tiles = mine;
+    p->part.end_tile = rest->first_tile;
+    p->n_chunk = n_cluster + n_rest;
+}
+
+static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_part * rest, palu_cuda_launch out[2]) {
     const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
     if (dev->arch != 90 || dev->n_cluster < 1 || p->k.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 ||
         p->k.n_head_kv != 2*PALU_CUDA_CLUSTER || p->k.n_group != 1 || p->v.n_group != 1 || !p->k.dec_tiles || p->k.rank_max == 0 || p->v.slice_span == 0 || p->v.slice_span > 240 ||
@@ -326,9 +368,11 @@ static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_c
     if (smem > (size_t) dev->smem_optin || clusters*10 < turns*dev->n_cluster*9) {
         return -1;
     }
-    p->heads_per_cta = 2;
+    p->part.heads_per_cta = 2;
     split(p, dev->n_cluster, p->n_stream);
-    return cluster_launch(dev, out, p->n_chunk, p->n_stream, smem);
+    const int32_t n_chunk = p->n_chunk;
+    plan_rest(dev, p, rest, &out[1]);
+    return cluster_launch(dev, &out[0], n_chunk, p->n_stream, smem);
 }
 
 static size_t mma_smem(const palu_cuda_attn * p, int32_t cells, int32_t cols) {
@@ -340,7 +384,7 @@ static size_t mma_smem(const palu_cuda_attn * p, int32_t cells, int32_t cols) {
          + (size_t) cells*(quarters*32 + 2)*4                                         // cos, sin
          + (size_t) 2*cols*(cells + 4)*4                                              // scores
          + (size_t) cols*(cells + 8)*2                                                // weights
-         + (size_t) p->heads_per_cta*quarters*4*ceil_div(p->mma_cols, 8)*32*8         // queries
+         + (size_t) p->part.heads_per_cta*quarters*4*ceil_div(p->mma_cols, 8)*32*8         // queries
          + (size_t) 2*8*52*4 + (size_t) 2*cells*4 + (size_t) cols*4 + 16              // per dimension, cell, column
          + (size_t) quarters*4*16*2;                                                  // dimensions
 }
@@ -372,7 +416,7 @@ static int plan_mma(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_
             continue;
         }
         for (size_t i = 0; i < sizeof(kernels)/sizeof(kernels[0]); i++) {
-            p->heads_per_cta = heads;
+            p->part.heads_per_cta = heads;
             p->mma_slice = kernels[i].slice;
             const size_t smem = mma_smem(p, kernels[i].cells, kernels[i].cols);
             if (heads*p->mma_cols > kernels[i].cols || smem > optin) {
@@ -394,18 +438,17 @@ static int plan_general(const palu_cuda_device * dev, palu_cuda_attn * p, palu_c
     return set_launch(dev, out, "palu_decode", p->n_chunk, blocks, p->n_stream, 128, palu_cuda_decode_smem(p));
 }
 
-int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, const palu_cuda_group * groups_k, const palu_cuda_group * groups_v, palu_cuda_launch out[2]) {
-    (void) groups_k;
-    (void) groups_v;
-    memset(out, 0, 2*sizeof(*out));
+int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_part * rest, palu_cuda_launch out[3]) {
+    memset(out, 0, 3*sizeof(*out));
+    memset(rest, 0, sizeof(*rest));
     if (p->k.n_head_kv < 1 || p->k.n_head_kv != p->v.n_head_kv || p->n_head%p->k.n_head_kv || p->k.head_dim%2) {
         return -1;
     }
     p->rank_stride = (p->v.rank_max + 7)/8*8;
-    if (plan_cluster(dev, p, &out[0]) && plan_wide(dev, p, &out[0]) && plan_cheb(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
+    if (plan_cluster(dev, p, rest, out) && plan_wide(dev, p, &out[0]) && plan_cheb(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
         return -1;
     }
-    return set_launch(dev, &out[1], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 1024,
+    return set_launch(dev, &out[2], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 1024,
         32*(size_t) PALU_CUDA_COMBINE_STAGED(p->rank_stride) + 4*((size_t) palu_cuda_max32(4096, p->rank_stride + 32) + p->rank_stride + 32 + p->n_chunk));
 }
 

@@ -78,6 +78,17 @@ mod abi {
     }
 
     #[repr(C)]
+    #[derive(Clone, Copy, Debug, Default)]
+    pub struct Part {
+        pub first_chunk: i32,
+        pub first_tile: i32,
+        pub end_tile: i32,
+        pub chunk_tiles: i32,
+        pub heads_per_cta: i32,
+        pub beside: i32,
+    }
+
+    #[repr(C)]
     #[derive(Clone, Copy, Debug)]
     pub struct Attn {
         pub k: Side,
@@ -105,13 +116,12 @@ mod abi {
         pub n_stream: i32,
         pub n_kv: i32,
         pub n_chunk: i32,
-        pub chunk_tiles: i32,
+        pub part: Part,
         pub rank_stride: i32,
         pub scale: f32,
         pub softcap: f32,
         pub max_bias: f32,
         pub trig_scale: f32,
-        pub heads_per_cta: i32,
         pub mma_cols: i32,
         pub mma_slice: i32,
         pub k_stage_words: i32,
@@ -230,13 +240,7 @@ mod abi {
             groups: *const Group,
             out: *mut Launch,
         ) -> i32;
-        pub fn palu_cuda_plan_attn(
-            dev: *const DeviceInfo,
-            p: *mut Attn,
-            groups_k: *const Group,
-            groups_v: *const Group,
-            out: *mut Launch,
-        ) -> i32;
+        pub fn palu_cuda_plan_attn(dev: *const DeviceInfo, p: *mut Attn, rest: *mut Part, out: *mut Launch) -> i32;
         pub fn palu_cuda_plan_one_cluster(dev: *const DeviceInfo, out: *mut Launch) -> i32;
         pub fn palu_cuda_plan_recent(p: *const Recent, out: *mut Launch) -> i32;
         pub fn palu_cuda_plan_prepend(p: *const Prepend, out: *mut Launch) -> i32;
@@ -926,13 +930,12 @@ impl CudaLayer {
             n_stream: int(n_stream)?,
             n_kv: int(n_kv)?,
             n_chunk: 0,
-            chunk_tiles: 0,
+            part: Part::default(),
             rank_stride: 0,
             scale: 0.0,
             softcap: 0.0,
             max_bias: 0.0,
             trig_scale: self.trig_scale,
-            heads_per_cta: 0,
             mma_cols: 0,
             mma_slice: 0,
             k_stage_words: 0,
@@ -940,12 +943,10 @@ impl CudaLayer {
         })
     }
 
-    fn plan_attn(&self, mut p: abi::Attn) -> Result<(abi::Attn, [Launch; 2])> {
-        let mut launches = [Launch::NONE; 2];
-        let [k, v] = [&self.groups[0], &self.groups[1]];
-        // SAFETY: plain data, and the groups of both sides
-        let status =
-            unsafe { palu_cuda_plan_attn(&self.device.info, &mut p, k.as_ptr(), v.as_ptr(), launches.as_mut_ptr()) };
+    fn plan_attn(&self, mut p: abi::Attn) -> Result<(abi::Attn, Part, [Launch; 3])> {
+        let (mut rest, mut launches) = (Part::default(), [Launch::NONE; 3]);
+        // SAFETY: plain data
+        let status = unsafe { palu_cuda_plan_attn(&self.device.info, &mut p, &mut rest, launches.as_mut_ptr()) };
         ensure!(
             status == 0,
             "no CUDA kernel attends with heads of {} and {} dimensions, ranks of {} and {} and {} query heads on {}",
@@ -956,7 +957,7 @@ impl CudaLayer {
             p.n_head,
             self.device.description()
         );
-        Ok((p, launches))
+        Ok((p, rest, launches))
     }
 
     /// Whether attention reads the rows; see `palu_cuda_attn_on_rows`. Shapes: n_head, n_token, n_stream, n_kv.
@@ -968,7 +969,7 @@ impl CudaLayer {
 
     /// Floats of [`AttnParams::partial`] on this device. Shapes: n_head, n_token, n_stream, n_kv.
     pub fn partial_size(&self, shapes: [usize; 4]) -> Result<usize> {
-        let (p, _) = self.plan_attn(self.attn_shape(shapes)?)?;
+        let (p, ..) = self.plan_attn(self.attn_shape(shapes)?)?;
         // SAFETY: a planned attention
         Ok(unsafe { palu_cuda_partial_size(&p) })
     }
@@ -1006,9 +1007,17 @@ impl CudaLayer {
             max_bias: p.max_bias,
             ..self.attn_shape([p.n_head, p.n_token, p.n_stream, p.n_kv])?
         };
-        let (mut p, launches) = self.plan_attn(shape)?;
+        let (mut p, rest, launches) = self.plan_attn(shape)?;
+        let [decode, decode_rest, combine] = &launches;
         // SAFETY: the caller's promise
-        unsafe { self.device.launch(&launches[step], &mut p, stream) }
+        unsafe {
+            if step == 1 {
+                return self.device.launch(combine, &mut p, stream);
+            }
+            self.device.launch(decode, &mut p, stream)?;
+            p.part = rest;
+            self.device.launch(decode_rest, &mut p, stream)
+        }
     }
 }
 
@@ -1037,6 +1046,7 @@ mod tests {
             offset_of!(Attn, rows_k),
             offset_of!(Attn, out),
             offset_of!(Attn, mask_f16),
+            offset_of!(Attn, part),
             offset_of!(Attn, v_stage_words),
             size_of::<Stored>(),
             offset_of!(Stored, latent),
@@ -1064,7 +1074,7 @@ mod tests {
     }
 
     /// Attention of 32 query heads over 8 KV heads of 128 dimensions on an H200: the kernel, its chunks and its shared memory.
-    fn planned(rank_k: i32, first_bits: u32, n_stream: i32, n_cluster: i32) -> (String, i32, u32) {
+    fn planned(rank_k: i32, first_bits: u32, n_stream: i32, n_cluster: i32) -> (String, Attn, Part, [Launch; 3]) {
         let group = |rank: i32| Group {
             rank,
             rank_pad: (rank + 31) / 32 * 32,
@@ -1098,26 +1108,47 @@ mod tests {
         assert_eq!(p.v.slice_span, 20 * first_bits as i32 + 2);
         (p.n_head, p.n_token, p.n_stream, p.n_kv, p.trig_scale) = (32, 1, n_stream, 65536, 1.0);
         let dev = DeviceInfo { arch: 90, n_sm: 132, smem_optin: 232_448, n_cluster };
-        let mut launches = [Launch::NONE; 2];
+        let (mut rest, mut launches) = (Part::default(), [Launch::NONE; 3]);
         // SAFETY: plain data; no pointer of p is read
-        assert_eq!(unsafe { palu_cuda_plan_attn(&dev, &mut p, &k, &v, launches.as_mut_ptr()) }, 0);
+        assert_eq!(unsafe { palu_cuda_plan_attn(&dev, &mut p, &mut rest, launches.as_mut_ptr()) }, 0);
         // SAFETY: plan.c names kernels by literals
         let kernel = unsafe { CStr::from_ptr(launches[0].kernel) }.to_string_lossy().into_owned();
-        (kernel, p.n_chunk, launches[0].smem)
+        (kernel, p, rest, launches)
     }
 
     #[test]
     fn clusters_attend_where_they_fit_and_fill_the_device() {
         for (rank, bits, n_stream) in [(480, 7, 1), (448, 8, 1), (480, 7, 2), (480, 7, 30)] {
-            let (kernel, n_chunk, smem) = planned(rank, bits, n_stream, 30);
+            let (kernel, _, _, [decode, ..]) = planned(rank, bits, n_stream, 30);
             assert_eq!(kernel, "palu_decode_sm90_cluster");
-            assert!(n_chunk * n_stream <= 30 && smem <= 232_448, "{n_chunk} {smem}");
+            assert!(decode.grid[0] as i32 * n_stream <= 30 && decode.smem <= 232_448, "{decode:?}");
         }
         // too many channels or bits, too few clusters at work, none at all
         for (rank, bits, n_stream, n_cluster) in
             [(512, 7, 1, 30), (480, 8, 1, 30), (480, 7, 8, 30), (480, 7, 40, 30), (480, 7, 1, 0)]
         {
             assert_eq!(planned(rank, bits, n_stream, n_cluster).0, "palu_decode_sm90_wide_16");
+        }
+    }
+
+    #[test]
+    fn multiprocessors_without_a_cluster_take_the_rest() {
+        let (_, p, rest, [decode, beside, combine]) = planned(480, 7, 1, 30);
+        assert!(!beside.kernel.is_null());
+        // every tile once, every chunk once
+        assert_eq!((p.part.first_tile, p.part.end_tile, rest.end_tile), (0, rest.first_tile, 1024));
+        assert_eq!((p.part.first_chunk, rest.first_chunk), (0, decode.grid[0] as i32));
+        assert_eq!(p.n_chunk as u32, decode.grid[0] + beside.grid[0]);
+        for (part, launch) in [(p.part, &decode), (rest, &beside)] {
+            let tiles = part.end_tile - part.first_tile;
+            assert_eq!((tiles + part.chunk_tiles - 1) / part.chunk_tiles, launch.grid[0] as i32);
+        }
+        // on what clusters leave, less two
+        assert!(4 * decode.grid[0] + beside.grid[0] <= 130 && beside.grid[1] == 1 && (p.part.beside, rest.beside) == (0, 1));
+        assert!(combine.smem <= 232_448);
+        // nothing is left, or the context is short for it
+        for (n_stream, n_cluster) in [(1, 33), (2, 30), (30, 30)] {
+            assert!(planned(480, 7, n_stream, n_cluster).3[1].kernel.is_null());
         }
     }
 
