@@ -213,8 +213,8 @@ typedef struct palu_cuda_prepend {
 //   palu_quantize_{8,4}(palu_cuda_store) so many warps per token and group; grid (n_token, n_group), 32 threads per warp,
 //                                        dynamic shared memory palu_cuda_quantize_smem(rank_max)
 //   palu_quantize_1   (palu_cuda_store)  grid (ceil(n_token/4), n_group), 128 threads, dynamic shared memory 4*palu_cuda_quantize_smem(rank_max)
-//   palu_decode  (palu_cuda_attn)   any shape; grid (n_chunk, n_head_kv*ceil(n_col/8), n_stream), n_col = n_token*n_head/n_head_kv,
-//                                   128 threads, dynamic shared memory palu_cuda_decode_smem()
+//   palu_decode  (palu_cuda_attn)   any shape; grid (n_chunk, n_head_kv*ceil(n_col/8), n_stream), n_col = n_token*n_head/n_head_kv; here and
+//                                   below n_chunk is that of the launch's part; 128 threads, dynamic shared memory palu_cuda_decode_smem()
 //   palu_decode_sm90_*(palu_cuda_attn) few query rows on sm_90a; grid (n_chunk, n_head_kv/heads_per_cta, n_stream),
 //                                   128*(palu_cuda_sm90_score() + palu_cuda_sm90_value()) threads,
 //                                   dynamic shared memory palu_cuda_sm90_smem()
