@@ -323,6 +323,20 @@ pub struct StoreParams {
     pub side: i32,
 }
 
+impl StoreParams {
+    fn of_side(&self) -> Result<(Side, codec::StoreParams)> {
+        let store = codec::StoreParams {
+            x: self.x,
+            x_nb_head: self.x_nb_head,
+            x_nb_token: self.x_nb_token,
+            idxs: self.idxs,
+            rows: self.rows,
+            n_token: count(self.n_token, "n_token")?,
+        };
+        Ok((side(self.side)?, store))
+    }
+}
+
 #[no_mangle]
 pub unsafe extern "C" fn palu_store(layer: *const AttnLayer, params: *const StoreParams, ith: i32, nth: i32) -> Status {
     guard(Status::Argument, || {
@@ -338,16 +352,9 @@ pub unsafe extern "C" fn palu_store(layer: *const AttnLayer, params: *const Stor
         if let Some(i) = idxs.iter().find(|&&i| !(0..p.n_row).contains(&i)) {
             return Err(anyhow!("row {i} of {} does not exist", p.n_row));
         }
-        let store = codec::StoreParams {
-            x: p.x,
-            x_nb_head: p.x_nb_head,
-            x_nb_token: p.x_nb_token,
-            idxs: p.idxs,
-            rows: p.rows,
-            n_token,
-        };
+        let (side, store) = p.of_side()?;
         // SAFETY: the caller promises x and rows of the shapes in palu.h; idxs were checked, and are all different
-        unsafe { layer.store(side(p.side)?, &store, ith, nth) };
+        unsafe { layer.store(side, &store, ith, nth) };
         Ok(())
     })
 }
@@ -705,19 +712,12 @@ mod cuda {
             let layer = unsafe { &reference(layer, "layer")?.layer };
             ensure!((1..=2).contains(&n_params), "n_params is {n_params}, neither 1 nor 2");
             let store = (0..n_params as usize)
-                .map(|i| {
-                    let p = unsafe { reference(params.wrapping_add(i), "params")? };
-                    let store = codec::StoreParams {
-                        x: p.x,
-                        x_nb_head: p.x_nb_head,
-                        x_nb_token: p.x_nb_token,
-                        idxs: p.idxs,
-                        rows: p.rows,
-                        n_token: count(p.n_token, "n_token")?,
-                    };
-                    Ok((side(p.side)?, store))
-                })
+                .map(|i| unsafe { reference(params.wrapping_add(i), "params")? }.of_side())
                 .collect::<Result<Vec<_>>>()?;
+            ensure!(!store.iter().any(|(_, p)| p.x.is_null()) && !latent.is_null(), "x or latent is a null pointer");
+            if matches!(step, StoreStep::Quantize { .. }) {
+                ensure!(!store.iter().any(|(_, p)| p.idxs.is_null() || p.rows.is_null()), "idxs or rows is a null pointer");
+            }
             // SAFETY: the caller promises the shapes in palu.h on the layer's device
             unsafe { layer.store(&store, latent, step, stream) }
         })
