@@ -3,6 +3,7 @@
 # make llama   the patched llama.cpp, in build/llama.cpp/bin/
 # make cuda    nvcc from Python wheels, where there is no CUDA toolkit: the kernels are compiled, if not run
 # make bench   criterion and llama-bench
+# make test-cuda   what only an NVIDIA GPU can test (LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON)
 # make bench-cuda  llama-bench on an NVIDIA GPU (LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON make llama first)
 # make bench-attention  the decode kernels on an NVIDIA GPU beside PyTorch's
 # make quality measures what each part of the converter is worth, and writes docs/quality.md (hours; resumable)
@@ -12,7 +13,7 @@ CARGO ?= cargo
 PYTHON ?= python3
 LIB := target/release/libpalu.a
 
-.PHONY: all lib cuda llama demo test bench bench-cuda bench-attention quality docs clean
+.PHONY: all lib cuda llama demo test test-cuda bench bench-cuda bench-attention quality docs clean
 
 all: llama
 
@@ -32,6 +33,11 @@ demo: llama
 test: cuda
 	$(MAKE) llama
 	$(CARGO) test --release --no-fail-fast -- --test-threads 1
+
+test-cuda: llama
+	$(PYTHON) scripts/llama.py build test-backend-ops
+	$(CARGO) build --release --example random_projection
+	$(PYTHON) scripts/test_cuda.py
 
 bench: llama
 	$(CARGO) bench

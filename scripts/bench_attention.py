@@ -26,9 +26,9 @@ def build():
     program = ROOT / "build" / "cuda-check"
     nvcc = shutil.which("nvcc") or str(ROOT / "build" / "cuda" / "bin" / "nvcc")
     program.parent.mkdir(exist_ok=True)
-    import torch
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}" + ("a" if major == 9 else "")
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], stdout=subprocess.PIPE, text=True, check=True)
+    capability = asked.stdout.split()[0].replace(".", "")
+    arch = capability + ("a" if capability == "90" else "")
     subprocess.run([nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xcompiler", "-pthread", "-o", program, "check.cu"],
                    cwd=ROOT / "cuda", check=True)
     return program
@@ -143,4 +143,5 @@ def main():
         plot(rows, options.plot)
 
 
-main()
+if __name__ == "__main__":
+    main()

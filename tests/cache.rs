@@ -169,3 +169,19 @@ fn state_goes_on_in_another_process() {
         refuse(llama("palu-steps").args([MODEL, "/dev/null", "--palu", palu, &load]), "the state was refused");
     }
 }
+
+/// `make test-cuda` without a GPU: the part of it that the CPU can stand in for, so that it works where there is one.
+#[test]
+fn the_tests_of_a_gpu_run() {
+    let steps = llama("palu-steps");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/test_cuda.py");
+    let output = std::process::Command::new("python3")
+        .args([script, "--cpu", "--projection"])
+        .arg(projection("2.25"))
+        .arg("states")
+        .env("PALU_LLAMA_BIN", Path::new(steps.get_program()).parent().unwrap())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("test-cuda: 9 ok, 0 failed"), "{said}{}", String::from_utf8_lossy(&output.stderr));
+}
