@@ -228,6 +228,8 @@ def main():
     wanted = o.stages or [s for s in STAGES if not o.cpu or s in ("divergence", "scripts", "states")]
     if not o.cpu and (not shutil.which("nvidia-smi") or run(["nvidia-smi"])[0] != 0):
         sys.exit("test-cuda: there is no NVIDIA GPU here")
+    if not o.cpu and set(wanted) - {"kernels", "library", "memcheck"} and "CUDA0" not in run([BIN / "llama-bench", "--list-devices"])[1]:
+        sys.exit(f"test-cuda: llama.cpp in {BIN} has no CUDA device; build it with LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON")
     o.gpu_env, o.ngl = (CPU_ENV, 0) if o.cpu else (GPU_ENV, 99)
     try:
         if not o.check and {"kernels", "memcheck"} & set(wanted):
