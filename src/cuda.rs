@@ -969,9 +969,15 @@ impl CudaLayer {
 
     /// Floats of [`AttnParams::partial`] on this device. Shapes: n_head, n_token, n_stream, n_kv.
     pub fn partial_size(&self, shapes: [usize; 4]) -> Result<usize> {
-        let (p, ..) = self.plan_attn(self.attn_shape(shapes)?)?;
-        // SAFETY: a planned attention
-        Ok(unsafe { palu_cuda_partial_size(&p) })
+        let mut most = 0;
+        // which kernel runs, and so the number of chunks, depends on whether the rows of every stream begin at a multiple of 16 bytes,
+        // which is not known here
+        for rows_k_nb_stream in [0, 4] {
+            let (p, ..) = self.plan_attn(abi::Attn { rows_k_nb_stream, ..self.attn_shape(shapes)? })?;
+            // SAFETY: a planned attention
+            most = most.max(unsafe { palu_cuda_partial_size(&p) });
+        }
+        Ok(most)
     }
 
     pub fn n_head_kv(&self) -> usize {
