@@ -73,7 +73,8 @@ typedef struct palu_cuda_rope {
     int32_t          n_fast;   // palu_cuda_fast_pairs(): the pairs from here on turn slowly
 } palu_cuda_rope;
 
-// What a decode kernel works on: tiles of PALU_CUDA_TILE cells, and chunks of these, one for every block or cluster.
+// What a decode kernel works on: tiles of PALU_CUDA_TILE cells, and chunks of these, one for every block or cluster. decode_sm90_wide takes
+// any part, decode_sm90_cluster the first one, all others are given everything.
 typedef struct palu_cuda_part {
     int32_t first_chunk;
     int32_t first_tile;

@@ -147,6 +147,16 @@ int palu_cuda_tile_keys(const palu_cuda_side * side, const palu_cuda_group * gro
     return 0;
 }
 
+void palu_cuda_pair_table(const palu_cuda_side * side, const int32_t * pair_dim, const float * dec_scale, const float * dec_half, const float * mean, float * out) {
+    const int32_t n = side->head_dim/2;
+    for (int32_t i = 0; i < side->n_head_kv*n; i++) {
+        const int32_t a = i/n*side->head_dim + pair_dim[i%n*2];
+        const int32_t b = i/n*side->head_dim + pair_dim[i%n*2 + 1];
+        const float pair[8] = { dec_scale[a], mean[a], mean[b], 0.0f, dec_half[a], dec_half[b], 0.0f, 0.0f };
+        memcpy(out + i*8, pair, sizeof(pair));
+    }
+}
+
 // Splits the context so that about n_block blocks run at once, with `others` blocks for every chunk.
 static void split(palu_cuda_attn * p, int64_t n_block, int64_t others) {
     const int32_t tiles = palu_cuda_max32(1, ceil_div(p->n_kv, PALU_CUDA_TILE));
@@ -192,16 +202,6 @@ static int plan_sm90(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
     return -1;
 }
 
-void palu_cuda_pair_table(const palu_cuda_side * side, const int32_t * pair_dim, const float * dec_scale, const float * dec_half, const float * mean, float * out) {
-    const int32_t n = side->head_dim/2;
-    for (int32_t i = 0; i < side->n_head_kv*n; i++) {
-        const int32_t a = i/n*side->head_dim + pair_dim[i%n*2];
-        const int32_t b = i/n*side->head_dim + pair_dim[i%n*2 + 1];
-        const float pair[8] = { dec_scale[a], mean[a], mean[b], 0.0f, dec_half[a], dec_half[b], 0.0f, 0.0f };
-        memcpy(out + i*8, pair, sizeof(pair));
-    }
-}
-
 int32_t palu_cuda_fast_pairs(const uint64_t * turn, int32_t n_pair) {
     const double most = 2.6/64/6.283185307179586*18446744073709551616.0;
     int32_t n = n_pair;
@@ -242,7 +242,7 @@ static int plan_cheb(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
         const int32_t blocks = p->k.n_head_kv/4;
         split(p, dev->n_sm, (int64_t) blocks*p->n_stream);
         p->part.chunk_tiles = ceil_div(p->part.chunk_tiles, f->tiles)*f->tiles; // a pass takes so many
-        p->n_chunk = ceil_div(ceil_div(p->n_kv, PALU_CUDA_TILE), p->part.chunk_tiles);
+        p->n_chunk = ceil_div(p->part.end_tile, p->part.chunk_tiles);
         return set_launch(dev, out, f->name, p->n_chunk, blocks, p->n_stream, 128*(uint32_t)(f->tiles + 5), smem);
     }
     return -1;
@@ -258,12 +258,17 @@ static const struct wide_kernel {
 #undef X
 };
 
+// What decode_sm90_wide and decode_sm90_cluster both want: one group of heads of 128 dimensions, few query rows each, rows at multiples of 16 bytes.
+static int is_joint_sm90(const palu_cuda_device * dev, const palu_cuda_attn * p) {
+    const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
+    return dev->arch == 90 && p->k.planes == 1 && p->k.head_dim == 128 && p->v.head_dim == 128 && p->n_kv != 0 &&
+        p->k.n_group == 1 && p->v.n_group == 1 && p->k.dec_tiles && p->k.rank_max != 0 && cols <= 4 &&
+        (p->n_stream <= 1 || (p->rows_k_nb_stream%16 == 0 && p->rows_v_nb_stream%16 == 0));
+}
+
 // The kernel of decode_sm90_wide that does this, or NULL.
 static const struct wide_kernel * wide_kernel_for(const palu_cuda_device * dev, const palu_cuda_attn * p) {
-    const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
-    if (dev->arch != 90 || p->k.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 ||
-        p->k.n_group != 1 || p->v.n_group != 1 || !p->k.dec_tiles || p->k.rank_max == 0 || p->k.n_head_kv > 8 || cols > 4 || p->v.rank_max > 640 ||
-        (p->n_stream > 1 && (p->rows_k_nb_stream%16 || p->rows_v_nb_stream%16))) {
+    if (!is_joint_sm90(dev, p) || p->k.n_head_kv > 8 || p->v.rank_max > 640) {
         return NULL;
     }
     for (size_t i = 0; i < sizeof(wide_kernels)/sizeof(wide_kernels[0]); i++) {
@@ -352,11 +357,8 @@ static void plan_rest(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cud
 }
 
 static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_part * rest, palu_cuda_launch out[2]) {
-    const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
-    if (dev->arch != 90 || dev->n_cluster < 1 || p->k.planes != 1 || p->k.head_dim != 128 || p->v.head_dim != 128 || p->n_kv == 0 ||
-        p->k.n_head_kv != 2*PALU_CUDA_CLUSTER || p->k.n_group != 1 || p->v.n_group != 1 || !p->k.dec_tiles || p->k.rank_max == 0 || p->v.slice_span == 0 || p->v.slice_span > 240 ||
-        cols > 4 || p->v.rank_max > 256*PALU_CUDA_CLUSTER || p->k.row_bytes >= 65536 ||
-        (p->n_stream > 1 && (p->rows_k_nb_stream%16 || p->rows_v_nb_stream%16))) {
+    if (!is_joint_sm90(dev, p) || dev->n_cluster < 1 || p->k.n_head_kv != 2*PALU_CUDA_CLUSTER || p->v.slice_span == 0 || p->v.slice_span > 240 ||
+        p->v.rank_max > 256*PALU_CUDA_CLUSTER || p->k.row_bytes >= 65536) {
         return -1;
     }
     const int32_t words = (p->v.slice_span + 30)/16*4;
