@@ -212,6 +212,16 @@ static std::vector<uint8_t> random_rows(const Side & s, int64_t n) {
     return rows;
 }
 
+// n rows on the device: some rows, again and again.
+static uint8_t * upload_again(const std::vector<uint8_t> & rows, int64_t n, int64_t row_bytes) {
+    const int64_t bytes = n*row_bytes;
+    uint8_t * to = (uint8_t *) room(bytes);
+    for (int64_t at = 0; at < bytes; at += rows.size()) {
+        CHECK(cudaMemcpy(to + at, rows.data(), std::min<int64_t>(rows.size(), bytes - at), cudaMemcpyHostToDevice));
+    }
+    return to;
+}
+
 struct Rope {
     std::vector<int32_t> pair_dim;
     std::vector<uint64_t> turn;
@@ -573,9 +583,7 @@ static void launch_decode(const Plan & plan, palu_cuda_attn p, cudaStream_t stre
     launch(plan.rest, p, stream);
 }
 
-
-static Plan plan(const palu_cuda_device & dev, palu_cuda_attn & p, const Problem & x) {
-    (void) x;
+static Plan plan(const palu_cuda_device & dev, palu_cuda_attn & p) {
     palu_cuda_launch l[3];
     palu_cuda_part part;
     if (palu_cuda_plan_attn(&dev, &p, &part, l)) {
@@ -608,21 +616,21 @@ static void check_case(const Case & c) {
     // the kernels for any shape, then this device's, then this device's as if it had one multiprocessor
     palu_cuda_device dev = device;
     dev.arch = 0;
-    const Plan any = plan(dev, p, x);
+    const Plan any = plan(dev, p);
     const double general = distance(run_attn(p, any, ref.size()), ref);
     bool ok = general < 2e-5;
     printf("%-58s general %.1e (%d chunks)", c.name, general, p.n_chunk);
-    const Plan fast = plan(device, p, x);
+    const Plan fast = plan(device, p);
     if (strcmp(fast.decode.kernel, any.decode.kernel)) {
         const double many = distance(run_attn(p, fast, ref.size()), ref);
         dev = device;
         dev.n_sm = dev.n_cluster = 1;
-        const Plan single = plan(dev, p, x);
+        const Plan single = plan(dev, p);
         const double one = distance(run_attn(p, single, ref.size()), ref);
         // two clusters, and room for others beside them
         dev.n_sm = 12;
         dev.n_cluster = 2;
-        const Plan few = plan(dev, p, x);
+        const Plan few = plan(dev, p);
         const double two = distance(run_attn(p, few, ref.size()), ref);
         ok &= many < 3e-3 && one < 3e-3 && two < 3e-3;
         printf("  %s %.1e, in one chunk %.1e, in few%s %.1e", fast.decode.kernel + strlen("palu_decode_"), many, one, few.rest.kernel ? " by two kernels" : "", two);
@@ -644,7 +652,7 @@ static void bench_case(Case c, const std::vector<int> & sizes, bool json = false
         c.n_kv = n_kv;
         Problem x = make_problem(c, false);
         palu_cuda_attn p = x.p;
-        const Plan fast = plan(device, p, x);
+        const Plan fast = plan(device, p);
         // several sets of rows, more than the L2 holds
         const int64_t n_row = (int64_t) c.n_stream*n_kv;
         const int64_t bytes = n_row*(p.k.row_bytes + p.v.row_bytes);
@@ -653,14 +661,8 @@ static void bench_case(Case c, const std::vector<int> & sizes, bool json = false
         const std::vector<uint8_t> part_k = random_rows(x.k, 4096), part_v = random_rows(x.v, 4096);
         std::vector<const uint8_t *> rows_k, rows_v;
         for (int i = 0; i < n_set; i++) {
-            uint8_t * k = (uint8_t *) room((size_t) n_row*p.k.row_bytes);
-            uint8_t * v = (uint8_t *) room((size_t) n_row*p.v.row_bytes);
-            for (int64_t t = 0; t < n_row; t += 4096) {
-                CHECK(cudaMemcpy(k + t*p.k.row_bytes, part_k.data(), std::min<int64_t>(4096, n_row - t)*p.k.row_bytes, cudaMemcpyHostToDevice));
-                CHECK(cudaMemcpy(v + t*p.v.row_bytes, part_v.data(), std::min<int64_t>(4096, n_row - t)*p.v.row_bytes, cudaMemcpyHostToDevice));
-            }
-            rows_k.push_back(k);
-            rows_v.push_back(v);
+            rows_k.push_back(upload_again(part_k, n_row, p.k.row_bytes));
+            rows_v.push_back(upload_again(part_v, n_row, p.v.row_bytes));
         }
         const size_t n_out = (size_t) c.n_stream*c.n_head*c.hd_v;
         p.partial = (float *) room(palu_cuda_partial_size(&p)*4);
@@ -723,7 +725,7 @@ static void bench_case(Case c, const std::vector<int> & sizes, bool json = false
             palu_cuda_attn g = p;
             palu_cuda_device any = device;
             any.arch = 0;
-            const std::vector<float> general = run_attn(g, plan(any, g, x), n_out);
+            const std::vector<float> general = run_attn(g, plan(any, g), n_out);
             diff = distance(out, std::vector<double>(general.begin(), general.end()));
             n_wrong += !(diff < 5e-3);
         }

@@ -25,6 +25,23 @@ template <typename F> static float time_us(int n, F f) {
     return all[n/2];
 }
 
+// The same for a CUDA graph of what f puts on a stream.
+template <typename F> static float time_graph_us(int n, F f) {
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamCreate(&stream));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    f(stream);
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    const float us = time_us(n, [&](int) { CHECK(cudaGraphLaunch(exec, 0)); });
+    CHECK(cudaGraphExecDestroy(exec));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaStreamDestroy(stream));
+    return us;
+}
+
 //
 // Store
 //
@@ -266,25 +283,16 @@ static void bench_store(const StoreCase & c) {
     CHECK(cudaDeviceSynchronize());
     float us[3];
     for (int what = 0; what < 3; what++) { // both, project, quantize
-        cudaStream_t stream;
-        cudaGraph_t graph;
-        cudaGraphExec_t exec;
-        CHECK(cudaStreamCreate(&stream));
-        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        for (int i = 0; i < n_rep; i++) {
-            p.side.enc = enc[i];
-            for (int j = 0; j < 2; j++) {
-                if (what == 0 || what == j + 1) {
-                    launch(l[j], all, stream);
+        us[what] = time_graph_us(10, [&](cudaStream_t stream) {
+            for (int i = 0; i < n_rep; i++) {
+                p.side.enc = enc[i];
+                for (int j = 0; j < 2; j++) {
+                    if (what == 0 || what == j + 1) {
+                        launch(l[j], all, stream);
+                    }
                 }
             }
-        }
-        CHECK(cudaStreamEndCapture(stream, &graph));
-        CHECK(cudaGraphInstantiate(&exec, graph, 0));
-        us[what] = time_us(10, [&](int) { CHECK(cudaGraphLaunch(exec, 0)); })/n_rep;
-        CHECK(cudaGraphExecDestroy(exec));
-        CHECK(cudaGraphDestroy(graph));
-        CHECK(cudaStreamDestroy(stream));
+        })/n_rep;
     }
     double flop = 0, bytes = x.size()*4.0 + (double) c.n_token*s.dev.row_bytes + s.enc.size()*2.0;
     for (const auto & g : s.groups) {
@@ -586,22 +594,15 @@ static void bench_decode_mma(Case c) {
     }
     Problem x = make_problem(c, false);
     palu_cuda_attn p = x.p;
-    const std::vector<uint8_t> part_k = random_rows(x.k, 4096), part_v = random_rows(x.v, 4096);
-    uint8_t * k = (uint8_t *) room((size_t) c.n_kv*p.k.row_bytes);
-    uint8_t * v = (uint8_t *) room((size_t) c.n_kv*p.v.row_bytes);
-    for (int t = 0; t < c.n_kv; t += 4096) {
-        CHECK(cudaMemcpy(k + (size_t) t*p.k.row_bytes, part_k.data(), (size_t) std::min(4096, c.n_kv - t)*p.k.row_bytes, cudaMemcpyHostToDevice));
-        CHECK(cudaMemcpy(v + (size_t) t*p.v.row_bytes, part_v.data(), (size_t) std::min(4096, c.n_kv - t)*p.v.row_bytes, cudaMemcpyHostToDevice));
-    }
-    p.rows_k = k;
-    p.rows_v = v;
+    p.rows_k = upload_again(random_rows(x.k, 4096), c.n_kv, p.k.row_bytes);
+    p.rows_v = upload_again(random_rows(x.v, 4096), c.n_kv, p.v.row_bytes);
     p.out = (float *) room((size_t) c.n_token*c.n_head*c.hd_v*4);
     printf("%-40s %7d cells %2d tokens", c.name, c.n_kv, c.n_token);
     std::vector<std::vector<float>> out;
     for (int arch : { 90, 89, 0 }) {
         palu_cuda_device dev = device;
         dev.arch = arch;
-        const Plan way = plan(dev, p, x);
+        const Plan way = plan(dev, p);
         if ((arch == 90 && strstr(way.decode.kernel, "_mma_")) || (arch == 0 && c.n_kv > 20000)) {
             continue;
         }

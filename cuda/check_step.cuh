@@ -42,11 +42,7 @@ static void bench_step(Case c, const std::vector<int> & sizes) {
             palu_cuda_attn & p = l.attn = x.p;
             for (int side = 0; side < 2; side++) {
                 const palu_cuda_side & s = side ? p.v : p.k;
-                const std::vector<uint8_t> part = random_rows(side ? x.v : x.k, 256);
-                uint8_t * rows = (uint8_t *) room((size_t) n_kv*s.row_bytes);
-                for (int t = 0; t < n_kv; t += 256) {
-                    CHECK(cudaMemcpy(rows + (size_t) t*s.row_bytes, part.data(), (size_t) std::min(256, n_kv - t)*s.row_bytes, cudaMemcpyHostToDevice));
-                }
+                uint8_t * rows = upload_again(random_rows(side ? x.v : x.k, 256), n_kv, s.row_bytes);
                 (side ? p.rows_v : p.rows_k) = rows;
                 const int width = s.n_head_kv*s.head_dim;
                 std::vector<float> cur(width), step(s.rank_sum, 0.5f);
@@ -91,17 +87,13 @@ static void bench_step(Case c, const std::vector<int> & sizes) {
             r.n_slot = r.n_recent = n_recent;
             r.scale = p.scale;
             palu_cuda_plan_recent(&r, l.recents);
-            l.plan = plan(device, p, x);
+            l.plan = plan(device, p);
             p.partial = (float *) room(palu_cuda_partial_size(&p)*4);
             p.out = (float *) room((size_t) c.n_head*c.hd_v*4);
             layers.push_back(l);
         }
         // what: filler, project, quantize before, attend, recent, quantize beside, combine
         auto time_of = [&](const char * what) {
-            cudaStream_t stream;
-            cudaGraph_t graph;
-            cudaGraphExec_t exec;
-            CHECK(cudaStreamCreate(&stream));
             auto launch_all = [&](cudaStream_t on) {
                 for (int il = 0; il < n_layer; il++) {
                     StepLayer & l = layers[il];
@@ -121,15 +113,7 @@ static void bench_step(Case c, const std::vector<int> & sizes) {
             };
             launch_all(0); // sets the attributes
             CHECK(cudaDeviceSynchronize());
-            CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-            launch_all(stream);
-            CHECK(cudaStreamEndCapture(stream, &graph));
-            CHECK(cudaGraphInstantiate(&exec, graph, 0));
-            const double us = time_us(12, [&](int) { CHECK(cudaGraphLaunch(exec, 0)); })/n_layer;
-            CHECK(cudaGraphExecDestroy(exec));
-            CHECK(cudaGraphDestroy(graph));
-            CHECK(cudaStreamDestroy(stream));
-            return us;
+            return time_graph_us(12, launch_all)/n_layer;
         };
         const double rest = time_of("f");
         printf("%s, %d cells, %s, per layer; without the %.1f us of what runs between:\n", c.name, n_kv, layers[0].plan.decode.kernel, rest);

@@ -554,9 +554,9 @@ impl Case {
                 for st in 0..n_stream {
                     idxs.push((st * n_kv + first + i) as i64);
                     // token i goes to slot i%RECENT and is the first of its own last ones
-                    recent.extend((0..RECENT).map(|d| if d == 0 { RECENT as i32 } else { if d <= i { ((i - d) % RECENT) as i32 } else { -1 } }));
+                    recent.extend((0..RECENT).map(|d| if d == 0 { RECENT as i32 } else if d <= i { ((i - d) % RECENT) as i32 } else { -1 }));
                     recent.push((i % RECENT) as i32);
-                    mask.extend((0..n_kv).map(|c| if c + RECENT.min(i + 1) > first + i || c > first + i { f32::NEG_INFINITY } else { 0.0 }));
+                    mask.extend((0..n_kv).map(|c| if c + RECENT.min(i + 1) > first + i { f32::NEG_INFINITY } else { 0.0 }));
                 }
                 Step {
                     q: Buffer::new(stream, &normal(&mut s.random, n_stream * self.n_head * self.dim_k), f32::NAN),
