@@ -19,6 +19,8 @@ import threading
 import time
 from pathlib import Path
 
+from llama import until_said
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(os.environ.get("PALU_LLAMA_BIN", ROOT / "build" / "llama.cpp" / "bin"))
 WORK = ROOT / "build" / "bench-cuda"
@@ -47,12 +49,8 @@ def prepare():
     output([sys.executable, ROOT / "scripts" / "random_model.py", "gqa-8b", MODEL])
     projection("0")
     # a projection file names its model; the message about a wrong one names the right one
-    identity = None
-    for _ in range(10):  # llama.cpp's log is written by a thread of its own, and its last lines can be lost when the program ends
-        refused = output([BIN / "llama-completion", "-m", MODEL, "-no-cnv", "-p", "a", "-n", "1", "--palu", PROJECTION], check=False)
-        identity = re.search(r"this model is ([0-9a-f]{16})", refused)
-        if identity:
-            break
+    command = [BIN / "llama-completion", "-m", MODEL, "-no-cnv", "-p", "a", "-n", "1", "--palu", PROJECTION]
+    refused, identity = until_said(r"this model is ([0-9a-f]{16})", lambda: output(command, check=False), attempts=10)
     if not identity:
         sys.exit(f"bench-cuda: the model was not identified:\n{refused[-2000:]}")
     print(projection(identity[1]), file=sys.stderr)

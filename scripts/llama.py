@@ -15,6 +15,7 @@ import filecmp
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -184,6 +185,17 @@ def build(targets):
     run("ninja", "-C", BINARY, *targets, env=env)
 
 
+def until_said(pattern, run, attempts=3):
+    """What run() returns, a program's output, and where the pattern is in it, or None. llama.cpp's log is written by a thread of its own,
+    and now and then its last lines are lost when the program ends: then it runs again."""
+    for _ in range(attempts):
+        output = run()
+        found = re.search(pattern, output)
+        if found:
+            break
+    return output, found
+
+
 def main():
     match sys.argv[1:]:
         case ["source"]:
@@ -194,4 +206,5 @@ def main():
             sys.exit(__doc__)
 
 
-main()
+if __name__ == "__main__":
+    main()

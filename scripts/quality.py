@@ -21,6 +21,8 @@ import threading
 import time
 from pathlib import Path
 
+from llama import until_said
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("PALU_BUILD", ROOT / "build")).resolve()
 BIN, OUT, DATA = BUILD / "llama.cpp" / "bin", BUILD / "quality", ROOT / "tests" / "data"
@@ -343,17 +345,15 @@ class Bench:
         if ablation is not None:
             program, arguments = f"{program}-ablations", [ablation, *arguments]
         command = [program, *arguments, "--kl-divergence", "--kl-divergence-base", self.base(model, text, n_chunk)[0], *options]
-        # llama.cpp's log is written by a thread of its own, and now and then its last lines are lost when the program ends
-        for _ in range(3):
-            output = self.run(command)
-            if "Minimum KLD" in output:
-                result = {"mean": number(r"Mean\s+KLD", output), "median": number(r"Median\s+KLD", output), "tail": number(r"99\.9%\s+KLD", output)}
-                if ablation is not None:
-                    result["percent"] = float(re.findall(r"ablation: .*, ([0-9.]+)% of f16", output)[-1])
-                    result["entropy"] = float(re.findall(r"ablation: codes .* entropy ([0-9]+)", output)[-1])
-                    result["bits"] = float(re.findall(r"ablation: codes of ([0-9]+)", output)[-1])
-                return result
-        raise RuntimeError("llama-perplexity printed no divergence")
+        output, found = until_said("Minimum KLD", lambda: self.run(command))
+        if not found:
+            raise RuntimeError("llama-perplexity printed no divergence")
+        result = {"mean": number(r"Mean\s+KLD", output), "median": number(r"Median\s+KLD", output), "tail": number(r"99\.9%\s+KLD", output)}
+        if ablation is not None:
+            result["percent"] = float(re.findall(r"ablation: .*, ([0-9.]+)% of f16", output)[-1])
+            result["entropy"] = float(re.findall(r"ablation: codes .* entropy ([0-9]+)", output)[-1])
+            result["bits"] = float(re.findall(r"ablation: codes of ([0-9]+)", output)[-1])
+        return result
 
     def convert(self, row, options, output, statistics):
         self.run([PALU, "convert", self.model(row.model)[0], "--calibration", self.text(row.text), "--output", output, "--threads", self.threads,

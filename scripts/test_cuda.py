@@ -28,6 +28,7 @@ import tempfile
 from pathlib import Path
 
 from bench_attention import build as build_check
+from llama import until_said
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(os.environ.get("PALU_LLAMA_BIN", ROOT / "build" / "llama.cpp" / "bin"))
@@ -93,11 +94,14 @@ def divergence(o):
 
     def mean(chunks, env, *args):
         base = ["--kl-divergence-base", WORK / f"{chunks}.kld", "--kl-divergence"]
-        for _ in range(3):  # llama.cpp's log is written by a thread of its own, and its last lines can be lost when the program ends
+        status = None
+
+        def attempt():
+            nonlocal status
             status, said = run([BIN / "llama-perplexity", *common, *base, *args], env)
-            found = re.search(r"Mean +KLD: +([0-9.]+)", said)
-            if found or status != 0:
-                break
+            return said
+
+        said, found = until_said(r"Mean +KLD: +([0-9.]+)", attempt)
         return float(found[1]) if found and status == 0 else last_lines(said)
 
     palu = ["--palu", o.projection]
@@ -107,7 +111,7 @@ def divergence(o):
             return report("divergence", "f16 on the CPU", False, last_lines(said))
         cpu = mean(chunks, CPU_ENV, *palu)
         for ub in batches:
-            gpu = mean(chunks, o.gpu_env, *palu, "-ngl", o.ngl, "-b", max(ub, 1), "-ub", ub)
+            gpu = mean(chunks, o.gpu_env, *palu, "-ngl", o.ngl, "-b", ub, "-ub", ub)
             ok = isinstance(cpu, float) and isinstance(gpu, float) and gpu < 1.25*cpu
             report("divergence", f"{chunks} chunks, micro-batches of {ub}", ok, f"{gpu}, on the CPU {cpu}")
 
