@@ -37,6 +37,23 @@ static __device__ __forceinline__ void cluster_arrive() {
 static __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// What is made of this is made where it is used, and not kept in registers.
+static __device__ __forceinline__ uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+// spread_s8() of decode_sm90.cuh plus 128
+static __device__ __forceinline__ uint32_t spread_u8(uint32_t x, int bits, uint32_t ones, uint32_t bias) {
+    return spread_s8(x, bits, ones, bias) ^ 0x80808080u;
+}
+static __device__ __forceinline__ void cp_async16_if(bool copies, uint32_t dst, const void * src) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p cp.async.cg.shared.global [%1], [%2], 16;\n}\n" :: "r"((int) copies), "r"(dst), "l"(src) : "memory");
+}
+static __device__ __forceinline__ uint32_t shared_u32(uint32_t at) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at));
+    return x;
+}
 // at: of any block of the cluster, from cluster_map()
 static __device__ __forceinline__ void mbar_arrive_at(uint32_t at) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(at) : "memory");
@@ -47,11 +64,11 @@ static __device__ __forceinline__ void cluster_copy(uint32_t dst, uint32_t src, 
         :: "r"(dst), "r"(src), "r"(bytes), "r"(bar) : "memory");
 }
 
-// d[64][128] (+)= a[64][32] b[32][128]; both in shared memory, 8x16-byte blocks without swizzle
+// d[64][128] (+)= a[64][32] b[32][128]; a unsigned, b signed, both in shared memory, 8x16-byte blocks without swizzle
 template <bool ACCUMULATE> static __device__ __forceinline__ void wgmma_128(int (&d)[64], uint64_t desc_a, uint64_t desc_b) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
@@ -82,6 +99,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     constexpr int HD = 128;
     constexpr int GP = HD/16;          // blocks of 8 pairs in a head
     constexpr int RUN = 32/C;          // cells before and after a tile's middle whose keys a block unpacks
+    constexpr int KEY_REGS = 40;       // registers of a thread that unpacks keys
     constexpr int VT = 16;             // cells of a value stage
     constexpr int VSTAGES = 3;
     constexpr int P_WORDS = 32*8 + 8;  // weights of a tile for a block's columns, two cells each; corrections
@@ -122,8 +140,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     uint64_t * sm_bar = sm_turn + HD/2;                          // [16]
     uint8_t * sm_dec = (uint8_t *)(sm_bar + 16);                 // [2][pad/16][128][16]
     uint8_t * sm_a = sm_dec + 256*pad;                           // [2][8][pad/16][8][16]
-    uint2   * sm_seg = (uint2 *)(sm_a + 2*a_bytes);              // [pad/8]
-    uint8_t * sm_k = (uint8_t *)(sm_seg + pad/8);                // [2][2*run_bytes + 16]
+    uint8_t * sm_k = sm_a + 2*a_bytes;                           // [2][2*run_bytes + 16]
     const uint32_t k_bytes = 2*run_bytes + 16;
     uint8_t * sm_v = sm_k + 2*k_bytes;                           // [VSTAGES][VT][v_stage_words], 64 bytes
     const uint32_t v_bytes = VT*p.v_stage_words*4;
@@ -137,7 +154,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     const uint32_t bar_p_free = bar_p + 16;        // [2] all blocks have read this one's
 
     const int tile0 = blockIdx.x*p.part.chunk_tiles;
-    const int n_tile = min(p.part.chunk_tiles, p.part.end_tile - tile0);
+    const int n_tile = blockIdx.x == gridDim.x - 1 ? p.part.end_tile - tile0 : p.part.chunk_tiles; // all but the last have as many
     const uint8_t * rows_k = p.rows_k + stream*p.rows_k_nb_stream;
     const uint8_t * rows_v = p.rows_v + stream*p.rows_v_nb_stream;
     const int32_t * pos = p.pos + (int64_t) stream*p.n_kv;
@@ -210,7 +227,9 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 const float * of = p.k.pairs + ((int64_t)(head0 + i/(GP*4))*(HD/2) + i%(GP*4)*2)*8 + 4;
                 const float2 half0 = *(const float2 *) of;
                 const float2 half1 = *(const float2 *)(of + 8);
-                sm_half[i] = make_float4(half0.x*p.trig_scale, half1.x*p.trig_scale, half0.y*p.trig_scale, half1.y*p.trig_scale);
+                // codes are multiplied as bytes, 128 more than signed numbers around zero: less 128 times the sum of weights, plus half of it
+                const float f = -255.0f*p.trig_scale;
+                sm_half[i] = make_float4(half0.x*f, half1.x*f, half0.y*f, half1.y*f);
             }
             grid_wait();
             float2 v[2][2] = {};
@@ -385,13 +404,23 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         //
         // Unpack keys
         //
-        reg_free<40>();
-        for (uint32_t i = tid; i < pad/8; i += 128) {
-            // .x: first word's byte | shift within it << 16 | bits << 24, .y: 2^bits - 1 in every byte
-            const uint32_t seg = (int) i < gk.rank/8 ? p.k.segs[gk.seg0 + i] : 0;
-            const uint32_t bits = seg >> 24;
-            const uint32_t at = seg & 0xffffff;
-            sm_seg[i] = make_uint2((at & ~3u) | (at & 3) << 19 | bits << 24, ((1u << bits) - 1)*0x01010101u);
+        reg_free<KEY_REGS>();
+        // A thread has one cell and two parts of 32 channels, four segments each. Eight cells of a warp are written to all banks; where
+        // their rows have too much in the same banks, it has four of them and twice as many parts.
+        const bool few = p.k.row_bytes%64 == 0;
+        const int cell = few ? warp*4 + (lane & 3) : (warp >> 1)*8 + (lane & 7);
+        const int part = few ? lane >> 2 : (warp & 1)*4 + (lane >> 3); // and the eighth after
+        uint32_t segs[2][4]; // first word's byte | shift within it << 16 | bits << 24
+        bool wide[2];        // a code of the warp has more than 4 bits
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int n = (part + j*8)*4 + i;
+                const uint32_t seg = n < gk.rank/8 ? p.k.segs[gk.seg0 + n] : 0;
+                segs[j][i] = (seg & 0xff00fffcu) | (seg & 3) << 19;
+            }
+            wide[j] = __any_sync(0xffffffff, max(max(segs[j][0], segs[j][1]), max(segs[j][2], segs[j][3])) >> 24 > 4);
         }
         grid_wait();
         if (tid == 0) {
@@ -403,7 +432,11 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         bar_sync(1, 128);
         cluster_wait();
         const uint32_t part_bytes = a_bytes/C;
-        const int n_part = pad/32; // of 32 channels, four segments
+        const int n_part = pad/32;
+        // of eight cells, two groups after each other are at the same distance from the middle
+        const int distance = (cell >> 4)*8 + (cell & 7);
+        const uint32_t row_at = cell & 8 ? run_bytes + (RUN - 1 - distance)*p.k.row_bytes : distance*p.k.row_bytes;
+        const uint32_t unpacked_at = (cell >> 3)*8*pad + (cell & 7)*16 + part*256;
         for (int t = 0; t < n_tile; t++) {
             const int slot = t & 1;
             mbar_wait(bar_rows + slot*8, t >> 1 & 1);
@@ -411,42 +444,56 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 mbar_wait(bar_a_free + slot*8, (t >> 1) - 1 & 1);
             }
             uint8_t * to = sm_a + slot*a_bytes + rank_block*part_bytes;
-            // a warp takes eight parts of four cells: so reads and writes both come to few places in the same bank
-#pragma unroll 1
-            for (int cells = warp*4; cells < 2*RUN; cells += 16) {
-                const int row = (cells & 4) + (lane & 3);
-                const int group = cells >> 3;                       // of eight cells: two after each other are at the same distance
-                const int distance = (group >> 1)*8 + row;
-                const uint8_t * from = sm_k + slot*k_bytes + (group & 1 ? run_bytes + (RUN - 1 - distance)*p.k.row_bytes : distance*p.k.row_bytes);
-                uint8_t * at = to + group*8*pad + row*16;
-#pragma unroll 1
-                for (int part = lane >> 2; part < n_part; part += 8) {
-                    uint2 seg[4];
-                    uint32_t w[4][3];
+            const uint8_t * from = sm_k + slot*k_bytes + row_at;
+            uint8_t * at = to + unpacked_at;
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        seg[i] = sm_seg[part*4 + i];
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const uint32_t * words = (const uint32_t *)(from + (seg[i].x & 0xffff));
-                        w[i][0] = words[0];
-                        w[i][1] = words[1];
-                        w[i][2] = words[2];
-                    }
+            for (int j = 0; j < 2; j++) {
+                if (part + j*8 < n_part) {
+                    uint32_t seg[4];
                     uint32_t lo[4], hi[4];
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const uint32_t bits = seg[i].x >> 24;
-                        const uint32_t shift = seg[i].x >> 16; // modulo 32
-                        const uint32_t bias = ~(seg[i].y >> 1) & 0x7f7f7f7fu; // 128 - 2^(bits - 1); anything where there are no codes
-                        const uint32_t x = __funnelshift_r(w[i][0], w[i][1], shift);
-                        const uint32_t y = __funnelshift_rc(x, __funnelshift_r(w[i][1], w[i][2], shift), bits*4);
-                        lo[i] = spread_s8(x, bits, seg[i].y, bias);
-                        hi[i] = spread_s8(y, bits, seg[i].y, bias);
+                        seg[i] = opaque(segs[j][i]);
                     }
-                    *(uint4 *)(at + part*256) = make_uint4(lo[0], lo[1], lo[2], lo[3]);
-                    *(uint4 *)(at + part*256 + 128) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+                    if (wide[j]) {
+                        uint32_t w[4][3];
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const uint32_t * words = (const uint32_t *)(from + (seg[i] & 0xffff));
+                            w[i][0] = words[0];
+                            w[i][1] = words[1];
+                            w[i][2] = words[2];
+                        }
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const uint32_t shift = seg[i] >> 16; // modulo 32
+                            lo[i] = __funnelshift_r(w[i][0], w[i][1], shift);
+                            hi[i] = __funnelshift_rc(lo[i], __funnelshift_r(w[i][1], w[i][2], shift), seg[i] >> 24 << 2);
+                        }
+                    } else { // eight codes are one word
+                        uint32_t w[4][2];
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const uint32_t * words = (const uint32_t *)(from + (seg[i] & 0xffff));
+                            w[i][0] = words[0];
+                            w[i][1] = words[1];
+                        }
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            lo[i] = __funnelshift_r(w[i][0], w[i][1], seg[i] >> 16);
+                            hi[i] = lo[i] >> (seg[i] >> 24 << 2);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const uint32_t bits = seg[i] >> 24;
+                        const uint32_t ones = ((1u << bits) - 1)*0x01010101u;
+                        const uint32_t bias = ~(ones >> 1) & 0x7f7f7f7fu; // 128 - 2^(bits - 1); anything where there are no codes
+                        lo[i] = spread_u8(lo[i], bits, ones, bias);
+                        hi[i] = spread_u8(hi[i], bits, ones, bias);
+                    }
+                    *(uint4 *)(at + j*2048) = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+                    *(uint4 *)(at + j*2048 + 128) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
                 }
             }
             fence_async();
@@ -468,9 +515,6 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         if (tid < HD/2) {
             sm_turn[tid] = p.rope.turn[tid];
         }
-        grid_wait();
-        cluster_wait();
-        bar_sync(5, 3*128);
         if (warp < 2) {
             //
             // Softmax: a thread has eight cells of a column
@@ -480,6 +524,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
             const int token = col%4/gqa;
             const float slope = real ? alibi_slope(p.max_bias, p.n_head, (head0 + col/4)*gqa + col%4%gqa) : 1.0f;
             const char * mask = p.mask ? (const char *) p.mask + stream*p.mask_nb_stream + (real ? token : 0)*p.mask_nb_token : nullptr;
+            const int end = opaque(real ? p.n_kv : 0);
             float top = -INFINITY;
             float sum = 0.0f;
             float sum_v = 0.0f;
@@ -487,14 +532,15 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 mbar_arrive(bar_q);
                 mbar_arrive(bar_q + 8);
             }
+            grid_wait();
+            cluster_wait();
+            bar_sync(5, 3*128);
             for (int t = 0; t < n_tile; t++) {
                 const int tid = thread_now() & 63;
-                const int lane = tid & 31;
-                const int warp = tid >> 5;
                 const int col = tid & 7;
                 const int pair = tid >> 3; // of cells, and every eighth after
                 const int slot = t & 1;
-                const int left = real ? p.n_kv - (tile0 + t)*64 : 0;
+                const int left = end - (tile0 + t)*64;
                 const int cell0 = (tile0 + t)*64;
                 float m[8];
 #pragma unroll
@@ -534,12 +580,14 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 }
                 most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
                 most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
-                if (lane < 8) {
-                    sm_part[(slot*2 + warp)*8 + lane] = most;
+                const int tid_now = thread_now() & 63;
+                if ((tid_now & 31) < 8) {
+                    sm_part[(slot*2 + (tid_now >> 5))*8 + (tid_now & 7)] = most;
                 }
                 bar_sync(2, 64);
                 const float old = top;
-                top = fmaxf(top, fmaxf(most, sm_part[(slot*2 + (warp ^ 1))*8 + col]));
+                most = fmaxf(most, sm_part[(slot*2 + (tid_now >> 5 ^ 1))*8 + (tid_now & 7)]);
+                top = fmaxf(top, most);
                 const float base = top == -INFINITY ? 0.0f : top;
                 const float fix = top == old ? 1.0f : exp2_fast(old - base);
                 sum *= fix;
@@ -563,15 +611,15 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                     }
                     to[(pair/4 + i*2)*32 + col*4 + pair%4] = (uint32_t) __half_as_ushort(w[0]) | (uint32_t) __half_as_ushort(w[1]) << 16;
                 }
-                if (tid < 8) {
-                    to[32*8 + tid] = __float_as_uint(fix);
+                if (tid_now < 8) {
+                    to[32*8 + tid_now] = __float_as_uint(fix);
                 }
                 fence_async();
                 bar_sync(2, 64);
-                if (lane == 0) {
+                if ((thread_now() & 31) == 0) {
                     mbar_arrive(bar_q + slot*8); // scores may come to stand where these were
                 }
-                if (tid == 0) {
+                if ((thread_now() & 63) == 0) {
                     mbar_expect(bar_p + slot*8, (C - 1)*P_WORDS*4);
 #pragma unroll
                     for (int i = 1; i < C; i++) {
@@ -599,7 +647,9 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
             //
             // What a tile needs: queries and means turned, scales, whether positions are consecutive. A warp has half of the pairs
             //
-            const int cell = tid & 63;
+            grid_wait();
+            cluster_wait();
+            bar_sync(5, 3*128);
             float2 vec[2][4][2]; // [queries, means][blocks of 8 pairs][pairs], column l4
 #pragma unroll
             for (int j = 0; j < 2; j++) {
@@ -612,44 +662,50 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 }
             }
             bar_sync(4, 64); // queries come to where they were
-            const int32_t * pos_at = pos + tile0*64;
             int first_pos = 0;
             int next_pos = 0;
             uint32_t next_k = 0;
             uint32_t next_v = 0;
             auto ask = [&](int t) {
-                const int left = p.n_kv - (tile0 + t)*64;
-                if (left > 0) {
-                    first_pos = pos_at[t*64];
-                    if (cell < left) {
-                        const int64_t row = (tile0 + t)*64 + cell;
-                        next_pos = pos_at[t*64 + cell];
-                        next_k = *(const uint16_t *)(rows_k + row*p.k.row_bytes + gk.row_offset);
-                        next_v = *(const uint16_t *)(rows_v + row*p.v.row_bytes + gv.row_offset);
+                const int cell0 = (tile0 + t)*64;
+                const int cell = cell0 + (thread_now() & 63);
+                if (cell0 < p.n_kv) {
+                    first_pos = pos[cell0];
+                    if (cell < p.n_kv) {
+                        next_pos = pos[cell];
+                        next_k = *(const uint16_t *)(rows_k + (int64_t) cell*p.k.row_bytes + gk.row_offset);
+                        next_v = *(const uint16_t *)(rows_v + (int64_t) cell*p.v.row_bytes + gv.row_offset);
                     }
                 }
             };
             ask(0);
             for (int t = 0; t < n_tile; t++) {
                 const int slot = t & 1;
+                const int cell = thread_now() & 63;
                 const int consecutive = __all_sync(0xffffffff, next_pos == first_pos + cell || (tile0 + t)*64 + cell >= p.n_kv);
-                const int middle = first_pos + 31;
+                const uint64_t turn = sm_turn[cell];
+                float my_s, my_c;
+                sincos_turn((uint64_t)(int64_t)(first_pos + 31)*turn + (uint64_t)((int64_t) turn >> 1), my_s, my_c);
                 if (t >= 2) {
                     mbar_wait(bar_s + slot*8, (t >> 1) - 1 & 1);
                 }
                 sm_kscale[slot*64 + cell] = __ushort_as_half((unsigned short) next_k);
                 sm_vscale[(t & 3)*64 + cell] = __ushort_as_half((unsigned short) next_v);
-                if (lane == 0) {
-                    sm_regular[slot*2 + warp - 2] = consecutive;
+                if ((cell & 31) == 0) {
+                    sm_regular[slot*2 + (cell >> 5)] = consecutive;
                 }
                 ask(t + 1);
-                uint2 * to = sm_q + slot*2*2*GP*16 + ((l4 >> 2)*GP + (warp - 2)*4)*16 + (l4 & 3)*4 + quad;
+                const int l4 = cell >> 2 & 7;
+                const int quad = cell & 3;
+                uint2 * to = sm_q + slot*2*2*GP*16 + ((l4 >> 2)*GP + (cell >> 5)*4)*16 + (l4 & 3)*4 + quad;
 #pragma unroll
                 for (int g = 0; g < 4; g++) {
-                    const ulonglong2 turn = *(const ulonglong2 *)(sm_turn + ((warp - 2)*4 + g)*8 + quad*2);
                     float s[2], c[2];
-                    sincos_turn((uint64_t)(int64_t) middle*turn.x + (uint64_t)((int64_t) turn.x >> 1), s[0], c[0]);
-                    sincos_turn((uint64_t)(int64_t) middle*turn.y + (uint64_t)((int64_t) turn.y >> 1), s[1], c[1]);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        c[i] = __shfl_sync(0xffffffff, my_c, g*8 + quad*2 + i);
+                        s[i] = __shfl_sync(0xffffffff, my_s, g*8 + quad*2 + i);
+                    }
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
                         float a[2], b[2];
@@ -662,7 +718,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                     }
                 }
                 __syncwarp();
-                if (lane == 0) {
+                if ((cell & 31) == 0) {
                     mbar_arrive(bar_q + slot*8);
                 }
             }
@@ -693,69 +749,85 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         const uint32_t seg = mine ? p.v.segs[gv.seg0 + my_seg] : start;
         const uint32_t bits = seg >> 24;
         const uint32_t at = (seg & 0xffffff) - start;
-        const uint32_t seg_at = at & ~3u;
         const uint32_t shift = (at & 3)*8;
         const uint32_t ones = ((1u << bits) - 1)*0x00010001u;
         const bool small = __all_sync(0xffffffff, bits <= 4);
         // a thread copies the same 16 bytes of two of a stage's rows, which land at the same place modulo 16 as they have in memory
-        const uint32_t stride = p.v_stage_words*4;
-        const uint32_t v8 = 8*p.v.row_bytes;
         const uint8_t * source = rows_v + (int64_t)(tile0*64 + (tid >> 4))*p.v.row_bytes + start;
         const uint32_t source_at = (uint32_t)(uintptr_t) source & 15;
         const bool copies = (tid & 15)*16 < source_at + (last & 0xffffff) + (last >> 24) - start;
         source += (tid & 15)*16 - (int) source_at;
-        const uint32_t target = smem_u32(sm_v) + (tid >> 4)*stride + (tid & 15)*16;
-        int staged = tile0*64; // cell that comes next
-        uint32_t stage_at = 0;
+        const uint32_t target = smem_u32(sm_v) + ((tid >> 4)*p.v_stage_words + (tid & 15)*4)*4;
+        const uint32_t v8 = 8*p.v.row_bytes;
+        int left = p.n_kv - tile0*64; // cells from the stage on that comes next
+        uint32_t write_at = 0;
         auto stage = [&]() {
-            const int n = p.n_kv - staged;
-            if (copies && staged < tile0*64 + n_tile*64) {
-                const uint32_t to = target + stage_at;
-                if (n >= 2*VT) {
-                    cp_async16_cg(to, source);
-                    cp_async16_cg(to + 8*stride, source + v8);
-                } else { // memory may end there
-                    const uint8_t * end = rows_v + (int64_t) p.n_kv*p.v.row_bytes;
-                    for (int i = 0; i < 2; i++) {
-                        for (int j = 0; j < 16 && (tid >> 4) + i*8 < n && source + i*v8 + j < end; j += 4) {
-                            *(uint32_t *)(sm_v + (to - smem_u32(sm_v)) + i*8*stride + j) = *(const uint32_t *)(source + i*v8 + j);
-                        }
+            const uint8_t * const from[2] = { source, source + v8 };
+            if (left >= 2*VT) {
+                cp_async16_if(copies, target + write_at, from[0]);
+                cp_async16_if(copies, target + write_at + 32*p.v_stage_words, from[1]);
+            } else if (copies) { // memory may end there
+                const uint8_t * end = rows_v + (int64_t) p.n_kv*p.v.row_bytes;
+                for (int i = 0; i < 2; i++) {
+                    for (int j = 0; j < 16 && (tid >> 4) + i*8 < left && from[i] + j < end; j += 4) {
+                        *(uint32_t *)(sm_v + (target + write_at - smem_u32(sm_v)) + i*32*p.v_stage_words + j) = *(const uint32_t *)(from[i] + j);
                     }
                 }
             }
             cp_async_commit();
-            source += 2*v8;
-            staged += VT;
-            stage_at = stage_at == (VSTAGES - 1)*v_bytes ? 0 : stage_at + v_bytes;
+            source = from[1] + v8;
+            left -= VT;
+            write_at = write_at == (VSTAGES - 1)*v_bytes ? 0 : write_at + v_bytes;
         };
         grid_wait();
         grid_next();
         stage();
         stage();
+        stage();
         cluster_wait();
-        // where this thread's cells stand in a stage; the same for all, because 16 rows are a multiple of 16 bytes
-        uint32_t my_row[2][2];
+        // where this thread's cells stand in a stage; 8 rows are a multiple of 16 bytes, so that the eighth after stands alike
+        uint32_t my_row[2];
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int c = quad*2 + j*8 + i;
-                my_row[j][i] = c*p.v_stage_words*4 + ((uint32_t)((uintptr_t) rows_v + c*p.v.row_bytes + start) & 12) + seg_at;
-            }
+        for (int i = 0; i < 2; i++) {
+            const int c = quad*2 + i;
+            my_row[i] = smem_u32(sm_v) + c*p.v_stage_words*4 + ((uint32_t)((uintptr_t) rows_v + c*p.v.row_bytes + start) & 12) + (at & ~3u);
         }
+        const uint32_t eight = 32*p.v_stage_words;
         float u[4][4*C] = {};
         const uint64_t desc_p = (uint64_t)(smem_u32(sm_p) >> 4 & 0x3fff) | (uint64_t)(128 >> 4) << 16 | (uint64_t)(P_WORDS*4 >> 4) << 32;
-        const uint32_t free_at = lane < C ? cluster_map(bar_p_free, lane) : 0;
-        const uint8_t * rows = sm_v;
+        uint32_t read_at = 0;
+        uint32_t w[2][2][3]; // what is unpacked next
+        auto ask = [&]() {
+            const uint32_t at = read_at;
+            if (small) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    w[i/2][i%2][0] = shared_u32(my_row[i%2] + at + i/2*eight);
+                    w[i/2][i%2][1] = shared_u32(my_row[i%2] + at + i/2*eight + 4);
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    w[i/2][i%2][0] = shared_u32(my_row[i%2] + at + i/2*eight);
+                    w[i/2][i%2][1] = shared_u32(my_row[i%2] + at + i/2*eight + 4);
+                    w[i/2][i%2][2] = shared_u32(my_row[i%2] + at + i/2*eight + 8);
+                }
+            }
+            read_at = at == (VSTAGES - 1)*v_bytes ? 0 : at + v_bytes;
+        };
+        cp_async_wait<2>();
+        bar_sync(3, 128);
+        ask();
         for (int t = 0; t < n_tile; t++) {
             const int slot = t & 1;
             const uint32_t * weights = sm_p + slot*C*P_WORDS;
+            const int other = thread_now() & 31;
             mbar_wait(bar_p + slot*8, t >> 1 & 1);
             float2 fix[C];
             bool any = false;
 #pragma unroll
             for (int n = 0; n < C; n++) {
-                fix[n] = *(const float2 *)(weights + n*P_WORDS + 32*8 + quad*2);
+                fix[n] = *(const float2 *)(weights + n*P_WORDS + 32*8 + (other & 3)*2);
                 any |= fix[n].x != 1.0f || fix[n].y != 1.0f;
             }
             if (__any_sync(0xffffffff, any)) {
@@ -771,41 +843,34 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 }
             }
 #pragma unroll 1
-            for (int half = 0; half < 4; half += 2) { // a step is unpacked while the one before is multiplied, but for every other one
+            for (int kb = 0; kb < 4; kb++) {
+                uint32_t y[4][2];
+                value_code_pairs(y, small, bits, shift, [&](int j, int i) { return w[j][i]; });
+                uint32_t a[4][4];
 #pragma unroll
-                for (int kb = half; kb < half + 2; kb++) {
-                    cp_async_wait<1>();
-                    bar_sync(3, 128); // the stage is here, and the one before has been used
-                    stage();
-                    uint32_t y[4][2];
-                    value_code_pairs(y, small, bits, shift, [&](int j, int i) { return (const uint32_t *)(rows + my_row[j][i]); });
-                    uint32_t a[4][4];
-                    if (kb > half) {
-                        wgmma_wait<0>();
-                    }
-#pragma unroll
-                    for (int m = 0; m < 4; m++) {
-                        a[m][0] = y[m][0] & ones;
-                        a[m][1] = y[m][0] >> bits & ones;
-                        a[m][2] = y[m][1] & ones;
-                        a[m][3] = y[m][1] >> bits & ones;
-                    }
-                    wgmma_fence();
-#pragma unroll
-                    for (int m = 0; m < 4; m++) {
-                        wgmma_f16(u[m], a[m], desc_p + ((slot*C*P_WORDS*4 + kb*256) >> 4));
-                    }
-                    wgmma_commit();
-                    if (kb > half) {
-                        wgmma_wait<0>();
-                    }
-                    rows = rows == sm_v + (VSTAGES - 1)*v_bytes ? sm_v : rows + v_bytes;
+                for (int m = 0; m < 4; m++) {
+                    a[m][0] = y[m][0] & ones;
+                    a[m][1] = y[m][0] >> bits & ones;
+                    a[m][2] = y[m][1] & ones;
+                    a[m][3] = y[m][1] >> bits & ones;
                 }
+                wgmma_fence();
+#pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    wgmma_f16(u[m], a[m], desc_p + ((slot*C*P_WORDS*4 + kb*256) >> 4));
+                }
+                wgmma_commit();
+                cp_async_wait<1>();
+                bar_sync(3, 128); // the next stage is here, and all have read this one
+                stage();
+                ask();
+                wgmma_wait<0>();
             }
-            if (lane < C) {
-                mbar_arrive_at(free_at + slot*8);
+            if (other < C) {
+                mbar_arrive_at(cluster_map(bar_p_free + slot*8, other));
             }
         }
+        cp_async_wait<0>();
         if (mine) {
             constexpr float f = 16777216.0f/P_SCALE;
 #pragma unroll
@@ -824,7 +889,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 }
             }
         }
-    }
+        }
     // no block is gone while another writes to it
     cluster_arrive();
     cluster_wait();

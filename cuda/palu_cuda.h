@@ -390,7 +390,6 @@ static inline size_t palu_cuda_cluster_smem(const palu_cuda_attn * p) {
          + (size_t) 2*PALU_CUDA_CLUSTER*1056 + 2*2048            // weights, scores
          + 2*((size_t) 64/PALU_CUDA_CLUSTER*p->k.row_bytes + 16) // rows of keys
          + (size_t) 3*16*p->v_stage_words*4 + 64                 // and of values
-         + pad/8*8                                               // segments
          + 1024 + 768 + 64 + 256 + 16 + 512 + 128;               // halves, scales, factors, maxima, flags, turns, barriers
 }
 
