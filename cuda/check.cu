@@ -301,11 +301,12 @@ struct Named { const char * name; const void * f; };
 #define NAMED(F) { #F, (const void *) F },
 #define SM90(HD, HS, KS, UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN##_scaled)
 #define WIDE(KS) NAMED(palu_decode_sm90_wide_##KS) NAMED(palu_decode_sm90_wide_##KS##_scaled)
+#define CLUSTER(KS) NAMED(palu_decode_sm90_cluster_##KS)
 #define CHEB(GF, NS) NAMED(palu_decode_sm90_cheb_##GF##_##NS)
 static const Named kernels[] = {
     PALU_STORE_KERNELS(NAMED) PALU_REBUILD_KERNELS(NAMED)
     PALU_MMA_KERNELS(NAMED) NAMED(palu_decode) NAMED(palu_combine) PALU_CUDA_SM90_KERNELS(SM90)
-    NAMED(palu_recent) PALU_CUDA_WIDE_KERNELS(WIDE) NAMED(palu_decode_sm90_cluster) PALU_CUDA_CHEB_KERNELS(CHEB)
+    NAMED(palu_recent) PALU_CUDA_WIDE_KERNELS(WIDE) PALU_CUDA_CLUSTER_KERNELS(CLUSTER) PALU_CUDA_CHEB_KERNELS(CHEB)
 };
 
 template <typename P> static void launch(const palu_cuda_launch & l, P p, cudaStream_t stream = 0) {
@@ -767,9 +768,9 @@ int main(int argc, char ** argv) {
     printf("%s, %d multiprocessors, %d bytes of shared memory\n", prop.name, device.n_sm, device.smem_optin);
     if (device.arch == 90) {
         // as src/cuda.rs asks
-        const void * f = (const void *) palu_decode_sm90_cluster;
         palu_cuda_launch l;
         palu_cuda_plan_one_cluster(&device, &l);
+        const void * f = std::find_if(std::begin(kernels), std::end(kernels), [&](const Named & k) { return !strcmp(k.name, l.kernel); })->f;
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3(l.grid[0], l.grid[1], l.grid[2]);
         config.blockDim = dim3(l.block);

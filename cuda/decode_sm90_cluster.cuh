@@ -94,7 +94,8 @@ static __device__ __forceinline__ void wgmma_f16(float (&d)[16], const uint32_t 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b));
 }
 
-static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn & p) {
+// KS: products of 32 key channels
+template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn & p) {
     constexpr int C = PALU_CUDA_CLUSTER; // blocks of a cluster; each has two KV heads
     constexpr int HD = 128;
     constexpr int GP = HD/16;          // blocks of 8 pairs in a head
@@ -103,7 +104,8 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     constexpr int VT = 16;             // cells of a value stage
     constexpr int VSTAGES = 3;
     constexpr int P_WORDS = 32*8 + 8;  // weights of a tile for a block's columns, two cells each; corrections
-    constexpr float P_SCALE = 64.0f;   // weights this much larger: small ones stay normal in f16
+    constexpr float TOP_SLACK = 2.0f;  // a score may be larger than what weights are relative to by this, in bits
+    constexpr float P_SCALE = 16.0f;   // weights this much larger: small ones stay normal in f16
 
     extern __shared__ __align__(128) uint8_t smem_cluster[];
     const int tid = threadIdx.x & 127;
@@ -120,8 +122,8 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
     const int col_head = gqa*p.n_token; // at most 4; a head's columns are the first of its four
     const palu_cuda_group gk = p.k.near_groups[0];
     const palu_cuda_group gv = p.v.near_groups[0];
-    const uint32_t pad = gk.rank_pad;
-    const uint32_t a_bytes = 64*pad;
+    constexpr uint32_t pad = KS*32;    // the group's channels, and more that are zero
+    constexpr uint32_t a_bytes = 64*pad;
     const uint32_t run_bytes = RUN*p.k.row_bytes;
 
     // what has one size for all models comes first, so that its addresses are constants
@@ -200,8 +202,13 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fence_async();
         for (int i = 0; i < 2; i++) {
-            mbar_expect(bar_dec + i*8, 128*pad);
+            mbar_expect(bar_dec + i*8, 128*gk.rank_pad);
         }
+    }
+    for (uint32_t i = threadIdx.x; i < 2*(pad - gk.rank_pad)*8; i += PALU_CUDA_CLUSTER_THREADS) { // channels that there are not
+        const uint32_t of_head = (pad - gk.rank_pad)*8;
+        *(uint4 *)(sm_dec + i/of_head*128*pad + gk.rank_pad*128 + i%of_head*16) = make_uint4(0, 0, 0, 0);
+        fence_async();
     }
     __syncthreads();
     cluster_arrive(); // barriers are there
@@ -276,27 +283,34 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         reg_alloc<136>();
         const uint64_t desc_b = (uint64_t)((smem_u32(sm_dec) + wg*128*pad) >> 4 & 0x3fff) | (uint64_t)(2048 >> 4) << 16 | (uint64_t)(128 >> 4) << 32;
         const uint64_t desc_a = (uint64_t)(smem_u32(sm_a) >> 4 & 0x3fff) | (uint64_t)(128 >> 4) << 16 | (uint64_t)(8*pad >> 4) << 32;
-        const int n_step = pad/32;
         const int up = 32 + warp*8 + l4;   // the thread's two cells of a tile
         const int down = 31 - warp*8 - l4;
         const uint32_t free_at = lane < C ? cluster_map(bar_a_free, lane) : 0;
+        constexpr int FIRST = 1;
         int acc[64];
         uint32_t key[GP*4]; // f16: first and second dimensions of two pairs, of both cells
-        auto multiply = [&](int t) {
+        // products of a tile, some at a time: made of a part that is not known to be the same for every tile
+        uint32_t a_at = 0;
+        uint32_t b_at = 0;
+        auto multiply = [&](int first, int end) {
+#pragma unroll
+            for (int s = first; s < end; s++) {
+                const uint64_t a = (desc_a & 0xffffffff00000000) | (a_at + s*(256 >> 4));
+                const uint64_t b = (desc_b & 0xffffffff00000000) | (b_at + s*(4096 >> 4));
+                if (s == 0) {
+                    wgmma_128<false>(acc, a, b);
+                } else {
+                    wgmma_128<true>(acc, a, b);
+                }
+            }
+        };
+        auto begin = [&](int t) {
             const int slot = t & 1;
             mbar_wait(bar_a + slot*8, t >> 1 & 1);
             fence_async();
+            a_at = opaque((uint32_t) desc_a + slot*(a_bytes >> 4));
+            b_at = opaque((uint32_t) desc_b);
             wgmma_fence();
-            uint64_t a = desc_a + slot*(a_bytes >> 4);
-            uint64_t b = desc_b;
-            wgmma_128<false>(acc, a, b);
-#pragma unroll 4
-            for (int s = 1; s < n_step; s++) {
-                a += 256 >> 4;
-                b += 4096 >> 4;
-                wgmma_128<true>(acc, a, b);
-            }
-            wgmma_commit();
         };
         auto convert = [&](int t) {
             wgmma_wait<0>();
@@ -315,64 +329,37 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 }
             }
         };
-        auto score = [&](int t) {
+        uint2 bq = make_uint2(0, 0); // of 16 threads: other columns' products are not used
+        uint2 bm = make_uint2(0, 0);
+        // the tile's queries and scales are here; are its positions consecutive?
+        auto ready = [&](int t) {
             const int slot = t & 1;
-            const int tid = thread_now() & 127;
-            const int lane = tid & 31;
-            const int quad = tid & 3;
             mbar_wait(bar_q + slot*8, t >> 1 & 1);
-            const bool regular = sm_regular[slot*2] && sm_regular[slot*2 + 1];
-            const uint2 * queries = sm_q + ((slot*2 + 0)*2 + wg)*GP*16 + lane;
-            const uint2 * means = queries + 2*GP*16;
-            uint2 bq = make_uint2(0, 0); // of 16 threads: other columns' products are not used
-            uint2 bm = make_uint2(0, 0);
-            float sq[2][4] = {}; // in two, so that they need not wait for each other
-            float sm[2][4] = {};
-            auto turn_and_multiply = [&](int g, __half2 c0, __half2 c1, __half2 s0, __half2 s1) {
-                if (lane < 16) {
-                    bq = queries[g*16];
-                    bm = means[g*16];
-                }
-                const __half2 cs[2] = { c0, c1 };
-                const __half2 sn[2] = { s0, s1 };
-                uint32_t x[4];
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const __half2 ka = as_half2(key[g*4 + i]);
-                    const __half2 kb = as_half2(key[g*4 + 2 + i]);
-                    x[i] = as_u32(__hfma2(ka, cs[i], __hneg2(__hmul2(kb, sn[i]))));
-                    x[2 + i] = as_u32(__hfma2(ka, sn[i], __hmul2(kb, cs[i])));
-                }
-                mma_f16(sq[g & 1], x[0], x[1], x[2], x[3], bq.x, bq.y);
-                mma_f16(sm[g & 1], as_u32(cs[0]), as_u32(cs[1]), as_u32(sn[0]), as_u32(sn[1]), bm.x, bm.y);
-            };
-            if (regular) {
-#pragma unroll
-                for (int g = 0; g < GP; g++) {
-                    const uint2 trig = sm_trig[g*128 + tid];
-                    turn_and_multiply(g, as_half2(trig.x), as_half2(trig.x), as_half2(trig.y), as_half2(trig.y ^ 0x80008000u));
-                }
-            } else {
-                // positions from the tile's first on, less those up to its middle
-                const int cell0 = (tile0 + t)*64;
-                const int first = pos[cell0];
-                const uint64_t at[2] = { (uint64_t)(int64_t)(pos[min(cell0 + up, p.n_kv - 1)] - first - 31),
-                                         (uint64_t)(int64_t)(pos[min(cell0 + down, p.n_kv - 1)] - first - 31) };
-#pragma unroll
-                for (int g = 0; g < GP; g++) {
-                    float s[2][2], c[2][2];
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const uint64_t turn = sm_turn[g*8 + quad*2 + j];
-                            sincos_turn(at[i]*turn - (uint64_t)((int64_t) turn >> 1), s[i][j], c[i][j]);
-                        }
-                    }
-                    turn_and_multiply(g, __floats2half2_rn(c[0][0], c[0][1]), __floats2half2_rn(c[1][0], c[1][1]),
-                        __floats2half2_rn(s[0][0], s[0][1]), __floats2half2_rn(s[1][0], s[1][1]));
-                }
+            return sm_regular[slot*2] && sm_regular[slot*2 + 1];
+        };
+        auto turn_and_multiply = [&](int t, int g, __half2 c0, __half2 c1, __half2 s0, __half2 s1, float (&sq)[4], float (&sm)[4]) {
+            const int lane = thread_now() & 31;
+            const uint2 * queries = sm_q + ((t & 1)*4 + wg)*GP*16 + lane;
+            if (lane < 16) {
+                bq = queries[g*16];
+                bm = queries[2*GP*16 + g*16];
             }
+            const __half2 cs[2] = { c0, c1 };
+            const __half2 sn[2] = { s0, s1 };
+            uint32_t x[4];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const __half2 ka = as_half2(key[g*4 + i]);
+                const __half2 kb = as_half2(key[g*4 + 2 + i]);
+                x[i] = as_u32(__hfma2(ka, cs[i], __hneg2(__hmul2(kb, sn[i]))));
+                x[2 + i] = as_u32(__hfma2(ka, sn[i], __hmul2(kb, cs[i])));
+            }
+            mma_f16(sq, x[0], x[1], x[2], x[3], bq.x, bq.y);
+            mma_f16(sm, as_u32(cs[0]), as_u32(cs[1]), as_u32(sn[0]), as_u32(sn[1]), bm.x, bm.y);
+        };
+        auto write_scores = [&](int t, const float (&sq)[4], const float (&sm)[4]) {
+            const int slot = t & 1;
+            const int quad = thread_now() & 3;
             if (quad < 2) {
                 const float2 fq = *(const float2 *)(sm_factor + wg*4 + quad*2);
                 const float2 fm = *(const float2 *)(sm_factor + 8 + wg*4 + quad*2);
@@ -382,24 +369,78 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 for (int i = 0; i < 2; i++) {
                     const int cell = i ? down : up;
                     const float f = __half2float(scales[cell]);
-                    *(float2 *)(to + cell*8) = make_float2(f*fq.x*(sq[0][i*2] + sq[1][i*2]) + fm.x*(sm[0][i*2] + sm[1][i*2]),
-                                                           f*fq.y*(sq[0][i*2 + 1] + sq[1][i*2 + 1]) + fm.y*(sm[0][i*2 + 1] + sm[1][i*2 + 1]));
+                    *(float2 *)(to + cell*8) = make_float2(f*fq.x*sq[i*2] + fm.x*sm[i*2], f*fq.y*sq[i*2 + 1] + fm.y*sm[i*2 + 1]);
                 }
             }
             __syncwarp();
-            if (lane == 0) {
+            if ((thread_now() & 31) == 0) {
                 mbar_arrive(bar_s + slot*8);
             }
         };
+        // scores of a tile. between(): what is started between its parts
+        auto score = [&](int t, bool regular, auto between) {
+            const uint2 * trig = sm_trig + (thread_now() & 127);
+            float sq[4] = {};
+            float sm[4] = {};
+#pragma unroll
+            for (int g = 0; g < GP; g++) {
+                const uint2 x = trig[g*128];
+                turn_and_multiply(t, g, as_half2(x.x), as_half2(x.x), as_half2(x.y), as_half2(x.y ^ 0x80008000u), sq, sm);
+                between(g);
+            }
+            if (regular) {
+                write_scores(t, sq, sm);
+            }
+        };
+        // the same for any positions, while nothing is multiplied: from the tile's first on, less those up to its middle
+        auto score_slowly = [&](int t) {
+            const int cell0 = (tile0 + t)*64;
+            const int first = pos[cell0];
+            const uint64_t at[2] = { (uint64_t)(int64_t)(pos[min(cell0 + up, p.n_kv - 1)] - first - 31),
+                                     (uint64_t)(int64_t)(pos[min(cell0 + down, p.n_kv - 1)] - first - 31) };
+            float sq[4] = {};
+            float sm[4] = {};
+#pragma unroll
+            for (int g = 0; g < GP; g++) {
+                float s[2][2], c[2][2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const uint64_t turn = sm_turn[g*8 + quad*2 + j];
+                        sincos_turn(at[i]*turn - (uint64_t)((int64_t) turn >> 1), s[i][j], c[i][j]);
+                    }
+                }
+                turn_and_multiply(t, g, __floats2half2_rn(c[0][0], c[0][1]), __floats2half2_rn(c[1][0], c[1][1]),
+                    __floats2half2_rn(s[0][0], s[0][1]), __floats2half2_rn(s[1][0], s[1][1]), sq, sm);
+            }
+            write_scores(t, sq, sm);
+        };
         mbar_wait(bar_dec + wg*8, 0);
-        multiply(0);
+        begin(0);
+        multiply(0, KS);
+        wgmma_commit();
         convert(0);
         for (int t = 1; t < n_tile; t++) {
-            multiply(t);
-            score(t - 1);
+            const bool regular = ready(t - 1);
+            if (!regular) {
+                score_slowly(t - 1);
+            }
+            begin(t);
+            multiply(0, FIRST);
+            score(t - 1, regular, [&](int g) {
+                multiply(min(KS, FIRST + g*2), min(KS, FIRST + g*2 + 2));
+                if (g == GP - 1) {
+                    wgmma_commit();
+                }
+            });
             convert(t);
         }
-        score(n_tile - 1);
+        if (ready(n_tile - 1)) {
+            score(n_tile - 1, true, [](int) {});
+        } else {
+            score_slowly(n_tile - 1);
+        }
     } else if (wg == 2) {
         //
         // Unpack keys
@@ -587,7 +628,7 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
                 bar_sync(2, 64);
                 const float old = top;
                 most = fmaxf(most, sm_part[(slot*2 + (tid_now >> 5 ^ 1))*8 + (tid_now & 7)]);
-                top = fmaxf(top, most);
+                top = most > top + TOP_SLACK ? most : top; // sums are scaled anew only where that matters
                 const float base = top == -INFINITY ? 0.0f : top;
                 const float fix = top == old ? 1.0f : exp2_fast(old - base);
                 sum *= fix;
@@ -730,11 +771,12 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
         reg_alloc<112>();
         {
             // the decoder, blocks of 64 columns side by side; by these warps, as copies of a warp are started one after the other
-            const int8_t * from = p.k.dec_tiles + gk.dec0 + (int64_t) head0*HD*pad;
-            for (uint32_t i = tid; i < 4*(pad/16); i += 128) {
+            const uint32_t n = gk.rank_pad/16;
+            const int8_t * from = p.k.dec_tiles + gk.dec0 + (int64_t) head0*HD*gk.rank_pad;
+            for (uint32_t i = tid; i < 4*n; i += 128) {
                 const uint32_t c = i >> 2;
                 const uint32_t b = i & 3;
-                bulk_copy(smem_u32(sm_dec) + (b >> 1)*128*pad + c*2048 + (b & 1)*1024, from + (b*(pad/16) + c)*1024, 1024, bar_dec + (b >> 1)*8);
+                bulk_copy(smem_u32(sm_dec) + (b >> 1)*128*pad + c*2048 + (b & 1)*1024, from + (b*n + c)*1024, 1024, bar_dec + (b >> 1)*8);
             }
         }
         const int n_seg = gv.rank/8;
@@ -898,9 +940,11 @@ static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn 
 #endif
 
 #ifdef PALU_SM90
-extern "C" __global__ void __cluster_dims__(1, PALU_CUDA_CLUSTER, 1) __launch_bounds__(PALU_CUDA_CLUSTER_THREADS, 1) palu_decode_sm90_cluster(const __grid_constant__ palu_cuda_attn p) {
-    decode_sm90_cluster(p);
-}
+#define PALU_DECODE_CLUSTER(KS) \
+    extern "C" __global__ void __cluster_dims__(1, PALU_CUDA_CLUSTER, 1) __launch_bounds__(PALU_CUDA_CLUSTER_THREADS, 1) \
+    palu_decode_sm90_cluster_##KS(const __grid_constant__ palu_cuda_attn p) { decode_sm90_cluster<KS>(p); }
 #else
-extern "C" __global__ void palu_decode_sm90_cluster(const __grid_constant__ palu_cuda_attn p) {}
+#define PALU_DECODE_CLUSTER(KS) \
+    extern "C" __global__ void palu_decode_sm90_cluster_##KS(const __grid_constant__ palu_cuda_attn p) {}
 #endif
+PALU_CUDA_CLUSTER_KERNELS(PALU_DECODE_CLUSTER)

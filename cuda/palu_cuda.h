@@ -226,7 +226,7 @@ typedef struct palu_cuda_prepend {
 //   palu_decode_sm90_wide_*(palu_cuda_attn) on sm_90a, where one group holds all KV heads and no head has more than 4 query rows;
 //                                   grid (n_chunk, n_head_kv/heads_per_cta, n_stream), 512 threads,
 //                                   dynamic shared memory palu_cuda_wide_smem()
-//   palu_decode_sm90_cluster(palu_cuda_attn) the same with 2*PALU_CUDA_CLUSTER KV heads; grid (n_chunk, PALU_CUDA_CLUSTER, n_stream),
+//   palu_decode_sm90_cluster_*(palu_cuda_attn) the same with 2*PALU_CUDA_CLUSTER KV heads; grid (n_chunk, PALU_CUDA_CLUSTER, n_stream),
 //                                   640 threads, dynamic shared memory palu_cuda_cluster_smem()
 //   palu_decode_mma_{64,32}_{8,16,32}(palu_cuda_attn) any shape that fits shared memory; cells at a time (times 4: threads) and
 //                                   columns (query rows of all of a block's heads); grid (n_chunk, n_head_kv/heads_per_cta*
@@ -381,9 +381,11 @@ static inline size_t palu_cuda_wide_smem(const palu_cuda_attn * p, int32_t k_ste
 // Of decode_sm90_cluster: blocks of a cluster, threads of a block.
 #define PALU_CUDA_CLUSTER 4
 #define PALU_CUDA_CLUSTER_THREADS 640
+// Kernels of decode_sm90_cluster: X(key channels/32).
+#define PALU_CUDA_CLUSTER_KERNELS(X) X(10) X(12) X(13) X(14) X(15)
 
-static inline size_t palu_cuda_cluster_smem(const palu_cuda_attn * p) {
-    const size_t pad = (size_t)(p->k.rank_max + 31)/32*32;
+static inline size_t palu_cuda_cluster_smem(const palu_cuda_attn * p, int32_t k_steps) {
+    const size_t pad = (size_t) k_steps*32;
     return 256*pad                                               // decoder
          + 2*64*pad                                              // unpacked keys
          + (size_t) 8*128*8 + 2*4096                             // cos, sin; queries

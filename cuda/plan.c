@@ -314,18 +314,27 @@ int32_t palu_cuda_slice_span(const palu_cuda_side * side, const palu_cuda_group 
     return most;
 }
 
-static int cluster_launch(const palu_cuda_device * dev, palu_cuda_launch * out, int64_t n_chunk, int64_t n_stream, size_t smem) {
-    return set_launch(dev, out, "palu_decode_sm90_cluster", n_chunk, PALU_CUDA_CLUSTER, n_stream, PALU_CUDA_CLUSTER_THREADS, smem);
+static const struct cluster_kernel {
+    int32_t k_steps;
+    const char * name;
+} cluster_kernels[] = {
+#define X(KS) { KS, "palu_decode_sm90_cluster_" #KS },
+    PALU_CUDA_CLUSTER_KERNELS(X)
+#undef X
+};
+
+static int cluster_launch(const palu_cuda_device * dev, palu_cuda_launch * out, const struct cluster_kernel * f, int64_t n_chunk, int64_t n_stream, size_t smem) {
+    return set_launch(dev, out, f->name, n_chunk, PALU_CUDA_CLUSTER, n_stream, PALU_CUDA_CLUSTER_THREADS, smem);
 }
 
 int palu_cuda_plan_one_cluster(const palu_cuda_device * dev, palu_cuda_launch out[1]) {
-    return cluster_launch(dev, out, 1, 1, (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT));
+    return cluster_launch(dev, out, &cluster_kernels[0], 1, 1, (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT));
 }
 
 // Multiprocessors that no cluster finds room on take a part of a long context with decode_sm90_wide, 256 cells at a time, for which it
 // takes as long as a cluster for PASS of its tiles. Two are left to what else runs beside.
 static void plan_rest(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_part * rest, palu_cuda_launch * out) {
-    enum { PASS = 21, START = 2, OTHERS = 2 };
+    enum { PASS = 25, START = 2, OTHERS = 2 };
     const struct wide_kernel * f = wide_kernel_for(dev, p);
     const int32_t n_idle = dev->n_sm - PALU_CUDA_CLUSTER*dev->n_cluster - OTHERS;
     if (!f || n_idle < 1 || p->n_stream > 1 || p->n_chunk != dev->n_cluster) {
@@ -363,7 +372,15 @@ static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_c
     }
     const int32_t words = (p->v.slice_span + 30)/16*4;
     p->v_stage_words = (words + 3)/8*8 + 4;
-    const size_t smem = palu_cuda_cluster_smem(p);
+    size_t i = 0;
+    const size_t n = sizeof(cluster_kernels)/sizeof(cluster_kernels[0]);
+    while (i < n && cluster_kernels[i].k_steps*32 < p->k.rank_max) {
+        i++;
+    }
+    if (i == n) {
+        return -1;
+    }
+    const size_t smem = palu_cuda_cluster_smem(p, cluster_kernels[i].k_steps);
     // with some numbers of streams decode_sm90_wide uses more of the device (with 8 it takes 10% less time than 24 of 30 clusters)
     const int64_t clusters = (int64_t) palu_cuda_max32(1, dev->n_cluster/p->n_stream)*p->n_stream;
     const int64_t turns = ceil_div(clusters, dev->n_cluster);
@@ -374,7 +391,7 @@ static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_c
     split(p, dev->n_cluster, p->n_stream);
     const int32_t n_chunk = p->n_chunk;
     plan_rest(dev, p, rest, &out[1]);
-    return cluster_launch(dev, &out[0], n_chunk, p->n_stream, smem);
+    return cluster_launch(dev, &out[0], &cluster_kernels[i], n_chunk, p->n_stream, smem);
 }
 
 static size_t mma_smem(const palu_cuda_attn * p, int32_t cells, int32_t cols) {
