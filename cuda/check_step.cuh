@@ -100,6 +100,7 @@ static void bench_step(Case c, const std::vector<int> & sizes) {
                     for (const char * w = what; *w; w++) {
                         l.store.beside = *w == 'q';
                         l.recent.beside = strchr(what, 'q') != nullptr;
+                        l.attn.part.beside = l.recent.beside && strstr(l.plan.decode.kernel, "cluster");
                         switch (*w) {
                             case 'f': read_all<<<132*4, 512, 0, on>>>(filler + weights/16*(il%3), weights/16, sink); break;
                             case 'P': launch(l.stores[0], l.store, on); break;

@@ -21,6 +21,9 @@ static constexpr float LOG2E = 1.4426950408889634f;
 // Decoding waits before it lets the next kernel start. So what it waits for is done when that one starts, and a kernel that is only to
 // come after that (`beside` in its parameters) does not wait at its beginning, but at its end: it runs on multiprocessors that
 // decoding leaves idle. One block does so for all, as the others must make room. Each lets the next kernel start no sooner than itself.
+//
+// Projecting, too, waits before it lets the next kernel start. So where decoding reads no row that is written after what comes before
+// projecting, its rows need not be waited for, only its queries (`beside` of palu_cuda_part, decode_sm90_cluster).
 static __device__ __forceinline__ void grid_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -187,7 +187,8 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
     };
 
     // Nobody does more than what his part needs before it waits for the kernels in front: a layer's tables come from memory for every
-    // token, and what a tile needs first is on its way while the rest is made ready.
+    // token, and what a tile needs first is on its way while the rest is made ready. Rows are not waited for where the kernels in front
+    // write none that are read (`beside`).
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
             mbar_init(bar_dec + i*8, 1);
@@ -463,7 +464,9 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
             }
             wide[j] = __any_sync(0xffffffff, max(max(segs[j][0], segs[j][1]), max(segs[j][2], segs[j][3])) >> 24 > 4);
         }
-        grid_wait();
+        if (!p.part.beside) {
+            grid_wait();
+        }
         if (tid == 0) {
             load_keys(0);
             if (n_tile > 1) {
@@ -555,6 +558,15 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
         reg_free<56>();
         if (tid < HD/2) {
             sm_turn[tid] = p.rope.turn[tid];
+        } else if (tid == HD/2) {
+            // the combine's largest table comes to the cache
+            const uint32_t n = gridDim.x*C*gridDim.z;
+            const uint32_t i = (blockIdx.z*gridDim.x + blockIdx.x)*C + rank_block;
+            const int64_t all = gv.dec0 + (int64_t) p.v.planes*p.v.n_head_kv*HD*gv.rank_pad;
+            const int64_t part = (all/16 + n - 1)/n*16;
+            if (i*part < all) {
+                asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p.v.dec + i*part), "r"((uint32_t) min(part, all - i*part)));
+            }
         }
         if (warp < 2) {
             //
@@ -821,11 +833,16 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
             left -= VT;
             write_at = write_at == (VSTAGES - 1)*v_bytes ? 0 : write_at + v_bytes;
         };
-        grid_wait();
+        if (!p.part.beside) {
+            grid_wait();
+        }
+        stage();
+        stage();
+        stage();
+        if (p.part.beside) {
+            grid_wait();
+        }
         grid_next();
-        stage();
-        stage();
-        stage();
         cluster_wait();
         // where this thread's cells stand in a stage; 8 rows are a multiple of 16 bytes, so that the eighth after stands alike
         uint32_t my_row[2];

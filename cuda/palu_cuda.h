@@ -81,7 +81,7 @@ typedef struct palu_cuda_part {
     int32_t end_tile;
     int32_t chunk_tiles;   // tiles per chunk
     int32_t heads_per_cta; // KV heads that a block works on
-    int32_t beside;        // 1: runs beside the kernel in front of it, which works on the rest (common.cuh)
+    int32_t beside;        // 1: runs beside the kernel in front of it, which works on the rest or writes no row that is read (common.cuh)
 } palu_cuda_part;
 
 // palu_attn_params of include/palu.h with the layer's tables.
@@ -256,7 +256,8 @@ typedef struct palu_cuda_launch {
     uint32_t     smem;   // dynamic shared memory, bytes
 } palu_cuda_launch;
 
-// Each fills in the fields of *p that the kernels share with the plan, and the launches in order. The device pointers of *p
+// Each fills in the fields of *p that the kernels share with the plan, and the launches in order. palu_cuda_plan_attn() takes
+// p->part.beside as what the caller allows, and leaves it where the kernel does so. The device pointers of *p
 // are not read; groups: the host's copies of p->k.groups and so on. Returns 0, or -1 if no kernel can do it.
 int palu_cuda_plan_store  (const palu_cuda_device * dev, const palu_cuda_store * p, palu_cuda_launch out[2]);
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);

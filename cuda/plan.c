@@ -460,11 +460,14 @@ static int plan_general(const palu_cuda_device * dev, palu_cuda_attn * p, palu_c
 int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_part * rest, palu_cuda_launch out[3]) {
     memset(out, 0, 3*sizeof(*out));
     memset(rest, 0, sizeof(*rest));
+    const int32_t beside = p->part.beside;
     if (p->k.n_head_kv < 1 || p->k.n_head_kv != p->v.n_head_kv || p->n_head%p->k.n_head_kv || p->k.head_dim%2) {
         return -1;
     }
     p->rank_stride = (p->v.rank_max + 7)/8*8;
-    if (plan_cluster(dev, p, rest, out) && plan_wide(dev, p, &out[0]) && plan_cheb(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
+    if (plan_cluster(dev, p, rest, out) == 0) {
+        p->part.beside = beside;
+    } else if (plan_wide(dev, p, &out[0]) && plan_cheb(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
         return -1;
     }
     return set_launch(dev, &out[2], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 1024,

@@ -51,11 +51,11 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
     const int t0 = blockIdx.z*T;
     const int n_t = min(T, all.n_token - t0);
     const __half * enc = (const __half *) p.side.enc + group.enc0 + (int64_t) c*d;
-    grid_next();
     for (int j = lane*64; j < d; j += 32*64) {
         asm volatile("prefetch.global.L2 [%0];" :: "l"(enc + j));
     }
     grid_wait();
+    grid_next();
     const float * mean = p.side.mean + (int64_t) gi*d;
     const char * x = (const char *) p.x + (int64_t) gi*p.side.group_size*p.x_nb_head + t0*p.x_nb_token;
     float sum[T] = {};
@@ -104,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
 // 16 tokens and 64 channels per block, 64 dimensions at a time, of which a warp takes a quarter
 extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_constant__ palu_cuda_store all) {
 #ifdef PALU_SM80
-    grid_next();
     grid_wait();
+    grid_next();
     constexpr int STAGES = 4;
     constexpr int X_STRIDE = 80; // floats; 16 modulo 32, so that the rows of a quarter warp differ in their banks
     constexpr int E_STRIDE = 80; // halves; 32 bytes modulo 128, likewise

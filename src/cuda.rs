@@ -984,13 +984,15 @@ impl CudaLayer {
         self.sides[0].n_head_kv as usize
     }
 
-    /// Launches step 0 (partial results of the context's chunks) or 1 (their sum, decoded) of attention.
+    /// Launches step 0 (partial results of the context's chunks) or 1 (their sum, decoded) of attention. `beside`: the kernels in front of
+    /// the first step in the stream write no row that it reads, and none of them does so while it waits for its queries.
     ///
     /// # Safety
     /// Pointers of the shapes in `palu_attn_params`, on this device; `partial` has [`Self::partial_size`] floats; `stream`
     /// as in [`Self::store`].
-    pub unsafe fn attend(&self, p: &AttnParams, step: usize, stream: *mut c_void) -> Result<()> {
+    pub unsafe fn attend(&self, p: &AttnParams, step: usize, beside: bool, stream: *mut c_void) -> Result<()> {
         let shape = abi::Attn {
+            part: abi::Part { beside: i32::from(beside), ..abi::Part::default() },
             q: p.q,
             q_nb_head: p.q_nb_head as i64,
             q_nb_token: p.q_nb_token as i64,

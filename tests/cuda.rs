@@ -474,7 +474,7 @@ fn attention_is_that_of_the_cpu() {
         };
         for step in 0..2 {
             // SAFETY: shapes as above, on the device
-            unsafe { s.gpu.attend(&params, step, stream.cu_stream().cast()) }.unwrap();
+            unsafe { s.gpu.attend(&params, step, false, stream.cu_stream().cast()) }.unwrap();
         }
         let e = error(&out.read(f32::NAN), &want);
         partial.read(f32::NAN); // nothing behind it was written
@@ -638,12 +638,12 @@ impl Case {
                 if !beside {
                     s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside }, on).unwrap();
                 }
-                s.gpu.attend(&attn, 0, on).unwrap();
+                s.gpu.attend(&attn, 0, beside, on).unwrap();
                 s.gpu.recent(&recent, beside, on).unwrap();
                 if beside {
                     s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside }, on).unwrap();
                 }
-                s.gpu.attend(&attn, 1, on).unwrap();
+                s.gpu.attend(&attn, 1, false, on).unwrap();
             }
         }
         Decoded {
