@@ -820,7 +820,8 @@ int main(int argc, char ** argv) {
                 with_rows(mha, "MHA (2048, 2048)", 256, 256, 4, 2, 4, 2),
                 with_rows(mha, "MHA 14.1%", 256, 384, 7, 1, 7, 1, 1.6, 1.15),
                 with_rows(mha, "MHA 10%", 216, 320, 6, 1, 6, 1, 1.8, 1.25),
-                with_rows(gqa, "GQA 14.1%", 512, 640, 8, 1, 8, 1, 1.9, 1.05),
+                with_rows(gqa, "GQA 14.1%", 480, 624, 7, 1, 7, 2, 1.5, 0.85),
+                with_rows(gqa, "GQA 14.1%, 512 key channels", 512, 640, 8, 1, 8, 1, 1.9, 1.05),
                 with_rows(gqa, "GQA 10%", 440, 600, 6, 1, 7, 1, 1.9, 1.4),
             }) {
                 bench_case(c, { 4096, 16384, 65536, 262144 }, true);

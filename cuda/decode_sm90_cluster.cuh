@@ -5,8 +5,8 @@
 // once: every block unpacks its part of the keys' codes and copies the result into the others' shared memory. Weights go to all
 // blocks, too, and each sums its own part of the values' channels for all heads. In a block, five warpgroups:
 //
-//   score (2)  one head each: keys as integers by wgmma, codes and decoder from shared memory. While the next tile is multiplied,
-//              keys of the one before are rotated, and scores made, from registers
+//   score (2)  one head each: keys as integers by wgmma, codes and decoder from shared memory. Between the products of a tile, keys of
+//              the one before are rotated, and scores made, from registers
 //   unpack     codes of keys to bytes, as wgmma reads them
 //   others     two warps make the softmax of both heads, two what else a tile needs: queries turned, scales
 //   value      summed as codes as in decode_sm90.cuh, but by wgmma, with weights from shared memory
@@ -37,11 +37,12 @@ static __device__ __forceinline__ void cluster_arrive() {
 static __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// What is made of this is made where it is used, and not kept in registers.
+// The compiler does not know this: what is made of it is made where it is used, and not kept in registers.
 static __device__ __forceinline__ uint32_t opaque(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+
 // spread_s8() of decode_sm90.cuh plus 128
 static __device__ __forceinline__ uint32_t spread_u8(uint32_t x, int bits, uint32_t ones, uint32_t bias) {
     return spread_s8(x, bits, ones, bias) ^ 0x80808080u;
@@ -287,10 +288,11 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
         const int up = 32 + warp*8 + l4;   // the thread's two cells of a tile
         const int down = 31 - warp*8 - l4;
         const uint32_t free_at = lane < C ? cluster_map(bar_a_free, lane) : 0;
-        constexpr int FIRST = 1;
+        constexpr int FIRST = 1; // products in front of the scores
         int acc[64];
         uint32_t key[GP*4]; // f16: first and second dimensions of two pairs, of both cells
-        // products of a tile, some at a time: made of a part that is not known to be the same for every tile
+        // Products of a tile, some at a time, so that they are started between parts of the scores: a warp that starts one too many waits for
+        // it, and so do the values' products. Descriptors are made anew of a part that the compiler does not know
         uint32_t a_at = 0;
         uint32_t b_at = 0;
         auto multiply = [&](int first, int end) {
@@ -393,7 +395,7 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
                 write_scores(t, sq, sm);
             }
         };
-        // the same for any positions, while nothing is multiplied: from the tile's first on, less those up to its middle
+        // the same for any positions, while nothing is multiplied and registers are free: from the tile's first on, less those up to its middle
         auto score_slowly = [&](int t) {
             const int cell0 = (tile0 + t)*64;
             const int first = pos[cell0];
@@ -948,7 +950,7 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
                 }
             }
         }
-        }
+    }
     // no block is gone while another writes to it
     cluster_arrive();
     cluster_wait();

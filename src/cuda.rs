@@ -1115,6 +1115,7 @@ mod tests {
         // 20 segments, and the 2 bytes before them, as rows are read in words
         assert_eq!(p.v.slice_span, 20 * first_bits as i32 + 2);
         (p.n_head, p.n_token, p.n_stream, p.n_kv, p.trig_scale) = (32, 1, n_stream, 65536, 1.0);
+        p.part.beside = 1; // allowed, but only clusters do so
         let dev = DeviceInfo { arch: 90, n_sm: 132, smem_optin: 232_448, n_cluster };
         let (mut rest, mut launches) = (Part::default(), [Launch::NONE; 3]);
         // SAFETY: plain data; no pointer of p is read
@@ -1126,16 +1127,19 @@ mod tests {
 
     #[test]
     fn clusters_attend_where_they_fit_and_fill_the_device() {
-        for (rank, bits, n_stream) in [(480, 7, 1), (448, 8, 1), (480, 7, 2), (480, 7, 30)] {
-            let (kernel, _, _, [decode, ..]) = planned(rank, bits, n_stream, 30);
-            assert_eq!(kernel, format!("palu_decode_sm90_cluster_{}", rank / 32));
+        for (rank, bits, n_stream, products) in
+            [(480, 7, 1, 15), (448, 8, 1, 14), (480, 7, 2, 15), (480, 7, 30, 15), (392, 8, 1, 13), (328, 8, 1, 12), (64, 8, 1, 10)]
+        {
+            let (kernel, p, _, [decode, ..]) = planned(rank, bits, n_stream, 30);
+            assert_eq!((kernel.as_str(), p.part.beside), (format!("palu_decode_sm90_cluster_{products}").as_str(), 1));
             assert!(decode.grid[0] as i32 * n_stream <= 30 && decode.smem <= 232_448, "{decode:?}");
         }
         // too many channels or bits, too few clusters at work, none at all
         for (rank, bits, n_stream, n_cluster) in
             [(512, 7, 1, 30), (480, 8, 1, 30), (480, 7, 8, 30), (480, 7, 40, 30), (480, 7, 1, 0)]
         {
-            assert_eq!(planned(rank, bits, n_stream, n_cluster).0, "palu_decode_sm90_wide_16");
+            let (kernel, p, ..) = planned(rank, bits, n_stream, n_cluster);
+            assert_eq!((kernel.as_str(), p.part.beside), ("palu_decode_sm90_wide_16", 0));
         }
     }
 
@@ -1152,7 +1156,7 @@ mod tests {
             assert_eq!((tiles + part.chunk_tiles - 1) / part.chunk_tiles, launch.grid[0] as i32);
         }
         // on what clusters leave, less two
-        assert!(4 * decode.grid[0] + beside.grid[0] <= 130 && beside.grid[1] == 1 && (p.part.beside, rest.beside) == (0, 1));
+        assert!(4 * decode.grid[0] + beside.grid[0] <= 130 && beside.grid[1] == 1 && (p.part.beside, rest.beside) == (1, 1));
         assert!(combine.smem <= 232_448);
         // nothing is left, or the context is short for it
         for (n_stream, n_cluster) in [(1, 33), (2, 30), (30, 30)] {
