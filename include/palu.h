@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define PALU_ABI_VERSION 3
+#define PALU_ABI_VERSION 4
 
 typedef enum palu_status {
     PALU_OK              = 0,

@@ -100,7 +100,7 @@ fn share(ith: i32, nth: i32) -> Result<(usize, usize)> {
 
 #[no_mangle]
 pub extern "C" fn palu_abi_version() -> i32 {
-    3
+    4
 }
 
 #[no_mangle]
