@@ -7,7 +7,7 @@ Stages, all of them by default:
   kernels     cuda/check.cu: every kernel against double precision
   library     tests/cuda.rs, which `make test` skips without a GPU
   ops         test-backend-ops on the bundled model's layers and on an 8B's shapes
-  divergence  llama-perplexity's KL divergence with all layers on the GPU, for micro-batches of 512, 16 and 1
+  divergence  llama-perplexity's KL divergence with all layers on the GPU, for micro-batches of 512, 16 and 1; and on two, if there are
   scripts     what llama.cpp does with a cache (tests/llama/steps.cpp): logits
   states      saved on one device and loaded on the other
   memcheck    compute-sanitizer over kernels and library
@@ -110,10 +110,16 @@ def divergence(o):
         if status != 0:
             return report("divergence", "f16 on the CPU", False, last_lines(said))
         cpu = mean(chunks, CPU_ENV, *palu)
+        splits = [("", [])]
+        if chunks == 1 and o.n_device > 1:
+            splits.append((", half of the layers each on two devices", ["-sm", "layer", "-ts", "1,1"]))
+        elif chunks == 1:
+            print("skipped divergence: layers on two devices, of which there are not so many", flush=True)
         for ub in batches:
-            gpu = mean(chunks, o.gpu_env, *palu, "-ngl", o.ngl, "-b", ub, "-ub", ub)
-            ok = isinstance(cpu, float) and isinstance(gpu, float) and gpu < 1.25*cpu
-            report("divergence", f"{chunks} chunks, micro-batches of {ub}", ok, f"{gpu}, on the CPU {cpu}")
+            for name, split in splits:
+                gpu = mean(chunks, o.gpu_env, *palu, "-ngl", o.ngl, "-b", ub, "-ub", ub, *split)
+                ok = isinstance(cpu, float) and isinstance(gpu, float) and gpu < 1.25*cpu
+                report("divergence", f"{chunks} chunks, micro-batches of {ub}{name}", ok, f"{gpu}, on the CPU {cpu}")
 
 
 PLAIN = ["rand:0@0:100:1", "rand:0@100:20:2"]
@@ -232,8 +238,11 @@ def main():
     wanted = o.stages or [s for s in STAGES if not o.cpu or s in ("divergence", "scripts", "states")]
     if not o.cpu and (not shutil.which("nvidia-smi") or run(["nvidia-smi"])[0] != 0):
         sys.exit("test-cuda: there is no NVIDIA GPU here")
-    if not o.cpu and set(wanted) - {"kernels", "library", "memcheck"} and "CUDA0" not in run([BIN / "llama-bench", "--list-devices"])[1]:
-        sys.exit(f"test-cuda: llama.cpp in {BIN} has no CUDA device; build it with LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON")
+    o.n_device = 0
+    if not o.cpu and set(wanted) - {"kernels", "library", "memcheck"}:
+        o.n_device = len(set(re.findall(r"\bCUDA[0-9]+", run([BIN / "llama-bench", "--list-devices"])[1])))
+        if o.n_device == 0:
+            sys.exit(f"test-cuda: llama.cpp in {BIN} has no CUDA device; build it with LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON")
     o.gpu_env, o.ngl = (CPU_ENV, 0) if o.cpu else (GPU_ENV, 99)
     try:
         if not o.check and {"kernels", "memcheck"} & set(wanted):
