@@ -160,13 +160,17 @@ struct Stager {
     }
 };
 
-// Four codes of `bits` bits to four centred signed bytes. ones = 2^bits - 1 in every byte, bias = 128 - 2^(bits - 1) in every byte.
-static __device__ __forceinline__ uint32_t spread_s8(uint32_t x, int bits, uint32_t ones, uint32_t bias) {
+// Four codes of `bits` bits to four bytes, centred around 128. ones = 2^bits - 1 in every byte, bias = 128 - 2^(bits - 1) in every byte.
+static __device__ __forceinline__ uint32_t spread_u8(uint32_t x, int bits, uint32_t ones, uint32_t bias) {
     const uint32_t t = x << (16 - 2*bits);
     const uint32_t y = (x & 0x0000ffffu) | (t & 0xffff0000u);
     const uint32_t u = y << (8 - bits);
     const uint32_t z = (y & 0x00ff00ffu) | (u & 0xff00ff00u);
-    return ((z & ones) + bias) ^ 0x80808080u; // no carry between bytes
+    return (z & ones) + bias; // no carry between bytes
+}
+// The same centred around zero, signed.
+static __device__ __forceinline__ uint32_t spread_s8(uint32_t x, int bits, uint32_t ones, uint32_t bias) {
+    return spread_u8(x, bits, ones, bias) ^ 0x80808080u;
 }
 
 static __device__ __forceinline__ __half2 as_half2(uint32_t x) {

@@ -43,10 +43,6 @@ static __device__ __forceinline__ uint32_t opaque(uint32_t x) {
     return x;
 }
 
-// spread_s8() of decode_sm90.cuh plus 128
-static __device__ __forceinline__ uint32_t spread_u8(uint32_t x, int bits, uint32_t ones, uint32_t bias) {
-    return spread_s8(x, bits, ones, bias) ^ 0x80808080u;
-}
 static __device__ __forceinline__ void cp_async16_if(bool copies, uint32_t dst, const void * src) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p cp.async.cg.shared.global [%1], [%2], 16;\n}\n" :: "r"((int) copies), "r"(dst), "l"(src) : "memory");
 }
