@@ -309,33 +309,37 @@ static const Named kernels[] = {
     NAMED(palu_recent) PALU_CUDA_WIDE_KERNELS(WIDE) PALU_CUDA_CLUSTER_KERNELS(CLUSTER) PALU_CUDA_CHEB_KERNELS(CHEB)
 };
 
+static const void * kernel_named(const char * name) {
+    for (const Named & k : kernels) {
+        if (!strcmp(k.name, name)) {
+            return k.f;
+        }
+    }
+    printf("no kernel %s\n", name);
+    exit(2);
+}
+
 template <typename P> static void launch(const palu_cuda_launch & l, P p, cudaStream_t stream = 0) {
     if (!l.kernel) {
         return;
     }
-    for (const Named & k : kernels) {
-        if (!strcmp(k.name, l.kernel)) {
-            if (l.smem > 48*1024) {
-                CHECK(cudaFuncSetAttribute(k.f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) l.smem));
-            }
-            void * args[] = { &p };
-            // as src/cuda.rs launches them
-            cudaLaunchAttribute attribute = {};
-            attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-            attribute.val.programmaticStreamSerializationAllowed = 1;
-            cudaLaunchConfig_t config = {};
-            config.gridDim = dim3(l.grid[0], l.grid[1], l.grid[2]);
-            config.blockDim = dim3(l.block);
-            config.dynamicSmemBytes = l.smem;
-            config.stream = stream;
-            config.attrs = &attribute;
-            config.numAttrs = chained && device.arch >= 90;
-            CHECK(cudaLaunchKernelExC(&config, k.f, args));
-            return;
-        }
+    const void * f = kernel_named(l.kernel);
+    if (l.smem > 48*1024) {
+        CHECK(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) l.smem));
     }
-    printf("no kernel %s\n", l.kernel);
-    exit(2);
+    void * args[] = { &p };
+    // as src/cuda.rs launches them
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(l.grid[0], l.grid[1], l.grid[2]);
+    config.blockDim = dim3(l.block);
+    config.dynamicSmemBytes = l.smem;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = chained && device.arch >= 90;
+    CHECK(cudaLaunchKernelExC(&config, f, args));
 }
 
 struct Problem {
@@ -770,7 +774,7 @@ int main(int argc, char ** argv) {
         // as src/cuda.rs asks
         palu_cuda_launch l;
         palu_cuda_plan_one_cluster(&device, &l);
-        const void * f = std::find_if(std::begin(kernels), std::end(kernels), [&](const Named & k) { return !strcmp(k.name, l.kernel); })->f;
+        const void * f = kernel_named(l.kernel);
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3(l.grid[0], l.grid[1], l.grid[2]);
         config.blockDim = dim3(l.block);
