@@ -655,7 +655,7 @@ pub unsafe extern "C" fn palu_attn_partial_size(layer: *const AttnLayer, n_head:
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::*;
-    use crate::cuda::{CudaLayer, StoreStep};
+    use crate::cuda::{AttnStep, CudaLayer, StoreStep};
     use std::ffi::c_void;
 
     /// `palu_cuda_layer`: the layer, and its description as C wants it.
@@ -754,23 +754,23 @@ mod cuda {
         })
     }
 
-    unsafe fn attn_step(layer: *const Layer, params: *const AttnParams, step: usize, beside: bool, stream: *mut c_void) -> Status {
+    unsafe fn attn_step(layer: *const Layer, params: *const AttnParams, step: AttnStep, stream: *mut c_void) -> Status {
         guard(Status::Argument, || {
             let (layer, p) = unsafe { (&reference(layer, "layer")?.layer, reference(params, "params")?) };
             let p = p.check(layer.n_head_kv())?;
             // SAFETY: the caller promises the shapes in palu.h on the layer's device
-            unsafe { layer.attend(&p, step, beside, stream) }
+            unsafe { layer.attend(&p, step, stream) }
         })
     }
 
     #[no_mangle]
     pub unsafe extern "C" fn palu_cuda_attn(layer: *const Layer, params: *const AttnParams, beside: i32, stream: *mut c_void) -> Status {
-        unsafe { attn_step(layer, params, 0, beside != 0, stream) }
+        unsafe { attn_step(layer, params, AttnStep::Chunks { beside: beside != 0 }, stream) }
     }
 
     #[no_mangle]
     pub unsafe extern "C" fn palu_cuda_attn_combine(layer: *const Layer, params: *const AttnParams, stream: *mut c_void) -> Status {
-        unsafe { attn_step(layer, params, 1, false, stream) }
+        unsafe { attn_step(layer, params, AttnStep::Combine, stream) }
     }
 
     #[no_mangle]

@@ -675,6 +675,16 @@ pub enum StoreStep {
     Quantize { beside: bool },
 }
 
+/// The two steps of attention.
+#[derive(Clone, Copy, Debug)]
+pub enum AttnStep {
+    /// Partial results of the context's chunks. `beside`: no kernel in front of it in the stream writes a row that it reads and may still be
+    /// at work when projecting, as in [`StoreStep::Project`], has begun; so rows are read before that is done.
+    Chunks { beside: bool },
+    /// Their sum, decoded.
+    Combine,
+}
+
 /// A number that must fit what the kernels count with.
 fn int<T: TryFrom<usize>>(n: usize) -> Result<T> {
     T::try_from(n).map_err(|_| anyhow!("{n} is more than the CUDA kernels can count"))
@@ -984,13 +994,13 @@ impl CudaLayer {
         self.sides[0].n_head_kv as usize
     }
 
-    /// Launches step 0 (partial results of the context's chunks) or 1 (their sum, decoded) of attention. `beside`: the kernels in front of
-    /// the first step in the stream write no row that it reads, and none of them does so while it waits for its queries.
+    /// Launches one step of attention, which always takes both.
     ///
     /// # Safety
     /// Pointers of the shapes in `palu_attn_params`, on this device; `partial` has [`Self::partial_size`] floats; `stream`
-    /// as in [`Self::store`].
-    pub unsafe fn attend(&self, p: &AttnParams, step: usize, beside: bool, stream: *mut c_void) -> Result<()> {
+    /// as in [`Self::store`]; what `beside` says.
+    pub unsafe fn attend(&self, p: &AttnParams, step: AttnStep, stream: *mut c_void) -> Result<()> {
+        let beside = matches!(step, AttnStep::Chunks { beside: true });
         let shape = abi::Attn {
             part: abi::Part { beside: i32::from(beside), ..abi::Part::default() },
             q: p.q,
@@ -1019,7 +1029,7 @@ impl CudaLayer {
         let [decode, decode_rest, combine] = &launches;
         // SAFETY: the caller's promise
         unsafe {
-            if step == 1 {
+            if let AttnStep::Combine = step {
                 return self.device.launch(combine, &mut p, stream);
             }
             self.device.launch(decode, &mut p, stream)?;

@@ -12,7 +12,7 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr};
 use half::f16;
 use palu::attention::{extra_row, AttnLayer, AttnParams, RebuildParams};
 use palu::codec::StoreParams;
-use palu::cuda::{CudaLayer, Device, StoreStep};
+use palu::cuda::{AttnStep, CudaLayer, Device, StoreStep};
 use palu::projection::{Layer, Side, SIDES};
 use palu::recent::RecentParams;
 use palu::rope::{RopeKind, RopeParams};
@@ -472,9 +472,9 @@ fn attention_is_that_of_the_cpu() {
             out: out.at(),
             ..params
         };
-        for step in 0..2 {
+        for step in [AttnStep::Chunks { beside: false }, AttnStep::Combine] {
             // SAFETY: shapes as above, on the device
-            unsafe { s.gpu.attend(&params, step, false, stream.cu_stream().cast()) }.unwrap();
+            unsafe { s.gpu.attend(&params, step, stream.cu_stream().cast()) }.unwrap();
         }
         let e = error(&out.read(f32::NAN), &want);
         partial.read(f32::NAN); // nothing behind it was written
@@ -638,12 +638,12 @@ impl Case {
                 if !beside {
                     s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside }, on).unwrap();
                 }
-                s.gpu.attend(&attn, 0, beside, on).unwrap();
+                s.gpu.attend(&attn, AttnStep::Chunks { beside }, on).unwrap();
                 s.gpu.recent(&recent, beside, on).unwrap();
                 if beside {
                     s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside }, on).unwrap();
                 }
-                s.gpu.attend(&attn, 1, false, on).unwrap();
+                s.gpu.attend(&attn, AttnStep::Combine, on).unwrap();
             }
         }
         Decoded {
