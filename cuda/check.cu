@@ -1,15 +1,15 @@
 // check.cu - checks the kernels against a CPU implementation in double precision, and times them.
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -pthread -o check check.cu
-//   ./check [check|bench|all|table|step [NAME [CELLS]]]    PALU_CHAINED=0: without programmatic dependent launch;
+//   ./check [check|bench|all|table|many|step [NAME [CELLS]]]  PALU_CHAINED=0: without programmatic dependent launch;
 //                                                      PALU_PLAIN=1: without decode_sm90_cheb and decode_sm90_cluster
 //
 // NAME picks the cases whose name has it, CELLS how many are timed. Prints one line per case and exits with 1 if any is wrong. Inputs are
 // random; outputs and scratch are poisoned with not-a-number before each run, and cells that no query sees hold rows of
 // not-a-number. Both kernels' results are compared by |out - reference|/|reference| over all outputs. Times are medians of
 // 50 runs with events around each, over sets of rows that together exceed the L2 cache, attention and combine together;
-// "back to back" is the mean over 40 without pauses. table: one JSON object per line, for scripts/bench_attention.py. step: a decoded token's
-// kernels one by one and together, between others that leave the caches cold.
+// "back to back" is the mean over 40 without pauses. table: one JSON object per line, for scripts/bench_attention.py. many: several sequences.
+// step: a decoded token's kernels one by one and together, between others that leave the caches cold.
 
 #include "palu.cu"
 #include "plan.c"
@@ -263,7 +263,7 @@ struct Case {
     int n_token, n_stream, n_kv;
     int n_rot, n_offs;
     bool norm;
-    int mask;      // 0 none, 1 f16, 2 f32
+    int mask;      // 0 none, 1 f16, 2 f32, 3 f16 where each token has its own cells
     bool sinks;
     float softcap, max_bias;
     int positions; // 0: consecutive, 1: in pieces, 2: random
@@ -301,12 +301,13 @@ struct Named { const char * name; const void * f; };
 #define NAMED(F) { #F, (const void *) F },
 #define SM90(HD, HS, KS, UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN) NAMED(palu_decode_sm90_##HD##_##HS##_##KS##_##UN##_scaled)
 #define WIDE(KS) NAMED(palu_decode_sm90_wide_##KS) NAMED(palu_decode_sm90_wide_##KS##_scaled)
-#define CLUSTER(KS) NAMED(palu_decode_sm90_cluster_##KS)
+#define CLUSTER(KS) NAMED(palu_decode_sm90_cluster_##KS) NAMED(palu_decode_sm90_cluster_many_##KS)
+#define COMBINE(RB) NAMED(palu_combine_##RB) NAMED(palu_combine_many_##RB)
 #define CHEB(GF, NS) NAMED(palu_decode_sm90_cheb_##GF##_##NS)
 static const Named kernels[] = {
     PALU_STORE_KERNELS(NAMED) PALU_REBUILD_KERNELS(NAMED)
-    PALU_MMA_KERNELS(NAMED) NAMED(palu_decode) NAMED(palu_combine) PALU_CUDA_SM90_KERNELS(SM90)
-    NAMED(palu_recent) PALU_CUDA_WIDE_KERNELS(WIDE) PALU_CUDA_CLUSTER_KERNELS(CLUSTER) PALU_CUDA_CHEB_KERNELS(CHEB)
+    PALU_MMA_KERNELS(NAMED) NAMED(palu_decode) PALU_CUDA_COMBINE_KERNELS(COMBINE) PALU_CUDA_SM90_KERNELS(SM90)
+    NAMED(palu_recent) NAMED(palu_tiles) PALU_CUDA_WIDE_KERNELS(WIDE) PALU_CUDA_CLUSTER_KERNELS(CLUSTER) PALU_CUDA_CHEB_KERNELS(CHEB)
 };
 
 static const void * kernel_named(const char * name) {
@@ -389,12 +390,12 @@ static Problem make_problem(const Case & c, bool rows = true) {
         for (int t = 0; t < c.n_kv; t++) {
             const bool hidden = rng()%5 == 0; // from all
             for (int i = 0; i < c.n_token; i++) {
-                const bool out = hidden || rng()%10 == 0 || (s == 1 && i == 0);
+                const bool out = hidden || rng()%10 == 0 || (s == 1 && i == 0) || (c.mask == 3 && (t/97)%(c.n_token + 1) != i);
                 x.mask[((size_t) s*c.n_token + i)*c.n_kv + t] = out ? -INFINITY : c.max_bias > 0 ? -(float)((c.n_kv - t)%64) : 0.0f;
             }
         }
     }
-    if (c.mask == 1) {
+    if (c.mask%2) {
         std::vector<uint16_t> h(x.mask.size());
         for (size_t i = 0; i < h.size(); i++) {
             const __half v = __float2half(x.mask[i]);
@@ -404,8 +405,8 @@ static Problem make_problem(const Case & c, bool rows = true) {
     } else if (c.mask == 2) {
         p.mask = upload(x.mask);
     }
-    p.mask_f16 = c.mask == 1;
-    p.mask_nb_token = (int64_t) c.n_kv*(c.mask == 1 ? 2 : 4);
+    p.mask_f16 = c.mask%2;
+    p.mask_nb_token = (int64_t) c.n_kv*(c.mask%2 ? 2 : 4);
     p.mask_nb_stream = p.mask_nb_token*c.n_token;
     if (c.sinks) {
         for (int i = 0; i < c.n_head; i++) {
@@ -578,24 +579,25 @@ static double distance(const std::vector<float> & a, const std::vector<double> &
 }
 
 struct Plan {
-    palu_cuda_launch decode, rest, combine;
+    palu_cuda_launch tiles, decode, rest, combine;
     palu_cuda_part part; // of the second decode kernel
 };
 
 static void launch_decode(const Plan & plan, palu_cuda_attn p, cudaStream_t stream = 0) {
+    launch(plan.tiles, p, stream);
     launch(plan.decode, p, stream);
     p.part = plan.part;
     launch(plan.rest, p, stream);
 }
 
 static Plan plan(const palu_cuda_device & dev, palu_cuda_attn & p) {
-    palu_cuda_launch l[3];
+    palu_cuda_launch l[4];
     palu_cuda_part part;
     if (palu_cuda_plan_attn(&dev, &p, &part, l)) {
         printf("no plan\n");
         exit(2);
     }
-    return { l[0], l[1], l[2], part };
+    return { l[0], l[1], l[2], l[3], part };
 }
 
 static std::vector<float> run_attn(palu_cuda_attn p, const Plan & plan, size_t n_out) {
@@ -669,7 +671,7 @@ static void bench_case(Case c, const std::vector<int> & sizes, bool json = false
             rows_k.push_back(upload_again(part_k, n_row, p.k.row_bytes));
             rows_v.push_back(upload_again(part_v, n_row, p.v.row_bytes));
         }
-        const size_t n_out = (size_t) c.n_stream*c.n_head*c.hd_v;
+        const size_t n_out = (size_t) c.n_stream*c.n_token*c.n_head*c.hd_v;
         p.partial = (float *) room(palu_cuda_partial_size(&p)*4);
         p.out = (float *) room(n_out*4);
         cudaEvent_t e[3];
@@ -810,6 +812,11 @@ int main(int argc, char ** argv) {
         { "GQA 8/2x128 joint, random positions, all bits, partial RoPE, ALiBi", 8, 2, 128, 128,  2, 2, {120}, {168}, 0, 0, 0, 0,  1, 1,  1300, 64, 32, true, 1, true, 0, 8, 2, 4 },
         { "GQA 32/8x128 joint, 480 and 624, first values of 8 bits", 32, 8, 128, 128,  8, 8, {480}, {624}, 7, 1, 8, 4,  1, 1,  2000, 128, 0, false, 1, false, 0, 0, 0, 4, 1, 2, 3 },
         { "GQA 32/8x128 joint, 480 and 640, 5000 cells, pieces, f16 mask, sinks", 32, 8, 128, 128,  8, 8, {480}, {640}, 7, 1, 7, 1,  1, 1,  5000, 128, 0, false, 1, true, 0, 0, 1, 4, 1, 2, 1.2 },
+        { "GQA 32/8x128 joint, 480 and 624, 8 streams", 32, 8, 128, 128,  8, 8, {480}, {624}, 7, 1, 7, 2,  1, 8,  1100, 128, 0, false, 1, true, 0, 0, 0, 16, 1, 2, 1.5 },
+        { "GQA 32/8x128 joint, 448 and 600, 7 tokens with their own cells", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  7, 1,  3000, 128, 0, false, 3, false, 0, 0, 0, 4 },
+        { "GQA 16/8x128 joint, 392 and 520, 2 tokens, 5 streams, pieces, ALiBi", 16, 8, 128, 128,  8, 8, {392}, {520}, 8, 1, 8, 1,  2, 5,  330, 128, 0, false, 1, true, 0, 8, 1, 16 },
+        { "GQA 32/8x128 joint, 320 and 440, 3 tokens, 2 streams, softcap", 32, 8, 128, 128,  8, 8, {320}, {440}, 5, 2, 5, 2,  3, 2,  515, 64, 32, true, 2, true, 30, 0, 2, 16 },
+        { "MHA 8x128 joint, 3 tokens, no mask", 8, 8, 128, 128,  8, 8, {64}, {96}, 4, 4, 4, 4,  3, 2,  130, 128, 0, false, 0, false, 0, 0, 0, 16 },
         { "one cell", 32, 8, 128, 128,  8, 8, {448}, {600}, 6, 3, 6, 3,  1, 1,  1, 128, 0, false, 0, false, 0, 0, 0, 4 },
     };
     if (what == "table") {
@@ -832,6 +839,30 @@ int main(int argc, char ** argv) {
             }
         }
         return 0;
+    }
+    if (what == "many") {
+        // several sequences, each in a stream of its own, or all in one
+        Case gqa = with_rows(first_case(cases, 8), "GQA joint (480, 624)", 480, 624, 7, 1, 7, 2, 1.5, 0.85);
+        gqa.align = 16;
+        for (int n : { 1, 2, 4, 8, 32 }) {
+            printf("%d streams: ", n);
+            gqa.n_stream = n;
+            bench_case(gqa, { 256, 1024, 4096, 16384 });
+        }
+        gqa.n_stream = 1;
+        gqa.mask = 3;
+        for (int n : { 4, 8 }) {
+            printf("%d tokens, each with its own cells: ", n);
+            gqa.n_token = n;
+            bench_case(gqa, { 4096*n });
+        }
+        gqa.mask = 0;
+        for (int n : { 2, 3, 4 }) {
+            printf("%d tokens that see all: ", n);
+            gqa.n_token = n;
+            bench_case(gqa, { 16384, 65536 });
+        }
+        return n_wrong != 0;
     }
     if (what == "step") {
         // a converter's ranks and bits, at 14.1% of f16

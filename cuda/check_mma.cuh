@@ -568,10 +568,10 @@ static void check_decode_mma(const Case & c) {
         for (int n_sm : { device.n_sm, 1 }) {
             palu_cuda_device dev = { 89, n_sm, smem };
             palu_cuda_attn p = x.p;
-            palu_cuda_launch l[3];
+            palu_cuda_launch l[4];
             palu_cuda_part rest;
             const bool none = palu_cuda_plan_attn(&dev, &p, &rest, l);
-            const Plan way = { l[0], l[1], l[2], rest };
+            const Plan way = { l[0], l[1], l[2], l[3], rest };
             if (none || !strcmp(way.decode.kernel, "palu_decode")) {
                 printf("  (does not fit %d)", smem);
                 break;

@@ -14,9 +14,13 @@
 // RoPE: queries are turned back by the position of the middle of a tile, between two cells. Cells at the same distance before and
 // after it have the same cosines and opposite sines, so that a thread that has both needs half of the table. While positions are
 // consecutive it is the same for every tile; otherwise it is computed.
+//
+// MANY: clusters share several contexts (tiles.cuh). One goes from a context to the next without a stop: whoever needs to know finds
+// out for himself what a tile belongs to, and the warps that turn queries fetch those of another context.
 #pragma once
 
 #include "decode_sm90.cuh"
+#include "tiles.cuh"
 
 #ifdef PALU_SM90
 
@@ -92,7 +96,7 @@ static __device__ __forceinline__ void wgmma_f16(float (&d)[16], const uint32_t 
 }
 
 // KS: products of 32 key channels
-template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn & p) {
+template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_cluster(const palu_cuda_attn & p) {
     constexpr int C = PALU_CUDA_CLUSTER; // blocks of a cluster; each has two KV heads
     constexpr int HD = 128;
     constexpr int GP = HD/16;          // blocks of 8 pairs in a head
@@ -103,6 +107,7 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
     constexpr int P_WORDS = 32*8 + 8;  // weights of a tile for a block's columns, two cells each; corrections
     constexpr float TOP_SLACK = 2.0f;  // a score may be larger than what weights are relative to by this, in bits
     constexpr float P_SCALE = 16.0f;   // weights this much larger: small ones stay normal in f16
+    typedef typename TilesIf<MANY>::type Walk;
 
     extern __shared__ __align__(128) uint8_t smem_cluster[];
     const int tid = threadIdx.x & 127;
@@ -114,9 +119,9 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
 
     const int rank_block = blockIdx.y; // in the cluster
     const int head0 = rank_block*2;
-    const int stream = blockIdx.z;
+    const int stream = blockIdx.z; // MANY: of the context, as below
     const int gqa = p.n_head/p.k.n_head_kv;
-    const int col_head = gqa*p.n_token; // at most 4; a head's columns are the first of its four
+    const int col_head = gqa*(MANY ? p.context_tokens : p.n_token); // at most 4; a head's columns are the first of its four
     const palu_cuda_group gk = p.k.near_groups[0];
     const palu_cuda_group gv = p.v.near_groups[0];
     constexpr uint32_t pad = KS*32;    // the group's channels, and more that are zero
@@ -132,12 +137,17 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
     float4  * sm_half = (float4 *)(sm_s + 2*64*8);               // [2][GP][4] halves of two pairs, times trig_scale
     __half  * sm_kscale = (__half *)(sm_half + 2*GP*4);          // [2][64] of rows
     __half  * sm_vscale = sm_kscale + 2*64;                      // [4][64]
-    float   * sm_factor = (float *)(sm_vscale + 4*64);           // [queries, means][8]
-    float   * sm_part = sm_factor + 2*8;                         // [2][2][8] largest of a warp; [2][2][8] sums
+    float   * sm_factor = (float *)(sm_vscale + 4*64);           // [queries, means][8]; MANY: [2] of these
+    float   * sm_part = sm_factor + 2*2*8;                       // [2][2][8] largest of a warp; [2][2][8] sums
     int     * sm_regular = (int *)(sm_part + 64);                // [2][2] positions are consecutive
     uint64_t * sm_turn = (uint64_t *)(sm_regular + 4);           // [HD/2]
     uint64_t * sm_bar = sm_turn + HD/2;                          // [16]
-    uint8_t * sm_dec = (uint8_t *)(sm_bar + 16);                 // [2][pad/16][128][16]
+    int4    * sm_tile = (int4 *)(sm_bar + 16);                   // MANY: [16] of as many tiles: values' bytes between the one before and it, cells
+                                                                 // from its first on, context (negative: of which it is the cluster's last)
+    float   * sm_kept = (float *)(sm_bar + 48);                  // MANY: as sm_factor, of a context
+    int     * sm_n_tile = (int *)(sm_bar + 56);                  // MANY
+    uint8_t * sm_dec = (uint8_t *)(sm_bar + (MANY ? 64 : 16));   // [2][pad/16][128][16]
+    static_assert(PALU_CUDA_CLUSTER_MANY == 384, "as the host counts it");
     uint8_t * sm_a = sm_dec + 256*pad;                           // [2][8][pad/16][8][16]
     uint8_t * sm_k = sm_a + 2*a_bytes;                           // [2][2*run_bytes + 16]
     const uint32_t k_bytes = 2*run_bytes + 16;
@@ -152,18 +162,32 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
     const uint32_t bar_p = bar_s + 16;             // [2] all blocks' weights are here
     const uint32_t bar_p_free = bar_p + 16;        // [2] all blocks have read this one's
 
-    const int tile0 = blockIdx.x*p.part.chunk_tiles;
-    const int n_tile = blockIdx.x == gridDim.x - 1 ? p.part.end_tile - tile0 : p.part.chunk_tiles; // all but the last have as many
+    const int tile0 = MANY ? 0 : blockIdx.x*p.part.chunk_tiles;
+    const int all_tiles = blockIdx.x == gridDim.x - 1 ? p.part.end_tile - tile0 : p.part.chunk_tiles; // all but the last have as many
+    auto n_tile = [&]() { return MANY ? *(volatile int *) sm_n_tile : all_tiles; };
     const uint8_t * rows_k = p.rows_k + stream*p.rows_k_nb_stream;
     const uint8_t * rows_v = p.rows_v + stream*p.rows_v_nb_stream;
     const int32_t * pos = p.pos + (int64_t) stream*p.n_kv;
+    auto cell_of = [&](int t) { return MANY ? p.n_kv - ((volatile int4 *) sm_tile)[t & 15].z : (tile0 + t)*64; };
+    auto context_of = [&](int t) { return MANY ? ((volatile int4 *) sm_tile)[t & 15].w : 0; };
+    auto stream_of = [&](int context) { return context >> 8 & 255; };
+    auto token_of = [&](int context) { return context >> 16 & 0x7fff; }; // the first
+    // where a column's sums go
+    auto partial_of = [&](int context, int token, int qh) {
+        if (MANY) {
+            const int64_t row = ((int64_t)(blockIdx.x + (context & 255))*p.context_tokens + token)*p.n_head + qh;
+            return p.partial + palu_cuda_tiles_size(&p) + row*(4 + p.rank_stride);
+        }
+        const int64_t row = ((int64_t) stream*p.n_token + token)*p.n_head + qh;
+        return p.partial + (row*p.n_chunk + blockIdx.x)*(4 + p.rank_stride);
+    };
 
-    // by one thread
-    auto load_keys = [&](int t) {
-        const int slot = t & 1;
+    // by one thread: a tile's rows to a slot
+    auto load_keys = [&](int slot, int cell, int of) {
         const uint32_t bar = bar_rows + slot*8;
+        const uint8_t * rows = MANY ? p.rows_k + of*p.rows_k_nb_stream : rows_k;
         uint32_t all = 0;
-        const int cell0[2] = { (tile0 + t)*64 + 32 + RUN*rank_block, (tile0 + t)*64 + 32 - RUN*(rank_block + 1) };
+        const int cell0[2] = { cell + 32 + RUN*rank_block, cell + 32 - RUN*(rank_block + 1) };
         uint32_t whole[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -171,14 +195,14 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
             whole[i] = bytes & ~15u;
             all += whole[i];
             for (uint32_t j = whole[i]; j < bytes; j += 4) { // memory may end there
-                *(uint32_t *)(sm_k + slot*k_bytes + i*run_bytes + j) = *(const uint32_t *)(rows_k + (int64_t) cell0[i]*p.k.row_bytes + j);
+                *(uint32_t *)(sm_k + slot*k_bytes + i*run_bytes + j) = *(const uint32_t *)(rows + (int64_t) cell0[i]*p.k.row_bytes + j);
             }
         }
         mbar_expect(bar, all);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (whole[i]) {
-                bulk_copy(smem_u32(sm_k) + slot*k_bytes + i*run_bytes, rows_k + (int64_t) cell0[i]*p.k.row_bytes, whole[i], bar);
+                bulk_copy(smem_u32(sm_k) + slot*k_bytes + i*run_bytes, rows + (int64_t) cell0[i]*p.k.row_bytes, whole[i], bar);
             }
         }
     };
@@ -236,9 +260,11 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
                 const float f = -255.0f*p.trig_scale;
                 sm_half[i] = make_float4(half0.x*f, half1.x*f, half0.y*f, half1.y*f);
             }
-            grid_wait();
+            if (!MANY) {
+                grid_wait();
+            }
             float2 v[2][2] = {};
-            if (my_col%4 < col_head) {
+            if (!MANY && my_col%4 < col_head) {
                 const int qh = (head0 + my_col/4)*gqa + my_col%4%gqa;
                 const float * q = (const float *) ((const char *) p.q + stream*p.q_nb_stream + my_col%4/gqa*p.q_nb_token + qh*p.q_nb_head);
 #pragma unroll
@@ -252,6 +278,9 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 // turning changes no pair's length
+                if (MANY) {
+                    break; // by the warps that turn them
+                }
                 const float top = sqrtf(warp_max(fmaxf(v[j][0].x*v[j][0].x + v[j][0].y*v[j][0].y, v[j][1].x*v[j][1].x + v[j][1].y*v[j][1].y)));
                 const float inv = top > 0.0f ? 1.0f/top : 0.0f;
                 if (lane == 0) {
@@ -275,6 +304,11 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
                 sincos_turn(d*turn + (uint64_t)((int64_t) turn >> 1), s[j], c[j]);
             }
             sm_trig[i] = make_uint2(pack_f16(c[0], c[1]), pack_f16(s[0], s[1]));
+        }
+        if (MANY) {
+            grid_wait();
+            const Walk tiles(p);
+            *sm_n_tile = tiles.end - tiles.next; // everybody comes to the same
         }
         bar_sync(6, 256);
         cluster_wait();
@@ -314,7 +348,7 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
         auto convert = [&](int t) {
             wgmma_wait<0>();
             if (lane < C) {
-                mbar_arrive_at(free_at + (t & 1)*8);
+                mbar_arrive_at((MANY ? cluster_map(opaque(bar_a_free), thread_now() & 31) : free_at) + (t & 1)*8);
             }
             const float4 * halves = sm_half + wg*GP*4 + quad;
 #pragma unroll
@@ -360,8 +394,9 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
             const int slot = t & 1;
             const int quad = thread_now() & 3;
             if (quad < 2) {
-                const float2 fq = *(const float2 *)(sm_factor + wg*4 + quad*2);
-                const float2 fm = *(const float2 *)(sm_factor + 8 + wg*4 + quad*2);
+                const float * factors = sm_factor + (MANY ? slot*16 : 0) + wg*4 + quad*2;
+                const float2 fq = *(const float2 *) factors;
+                const float2 fm = *(const float2 *)(factors + 8);
                 const __half * scales = sm_kscale + slot*64;
                 float * to = sm_s + slot*64*8 + wg*4 + quad*2;
 #pragma unroll
@@ -393,10 +428,11 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
         };
         // the same for any positions, while nothing is multiplied and registers are free: from the tile's first on, less those up to its middle
         auto score_slowly = [&](int t) {
-            const int cell0 = (tile0 + t)*64;
-            const int first = pos[cell0];
-            const uint64_t at[2] = { (uint64_t)(int64_t)(pos[min(cell0 + up, p.n_kv - 1)] - first - 31),
-                                     (uint64_t)(int64_t)(pos[min(cell0 + down, p.n_kv - 1)] - first - 31) };
+            const int cell0 = cell_of(t);
+            const int32_t * of = MANY ? p.pos + (int64_t) stream_of(context_of(t))*p.n_kv : pos;
+            const int first = of[cell0];
+            const uint64_t at[2] = { (uint64_t)(int64_t)(of[min(cell0 + up, p.n_kv - 1)] - first - 31),
+                                     (uint64_t)(int64_t)(of[min(cell0 + down, p.n_kv - 1)] - first - 31) };
             float sq[4] = {};
             float sm[4] = {};
 #pragma unroll
@@ -416,11 +452,13 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
             write_scores(t, sq, sm);
         };
         mbar_wait(bar_dec + wg*8, 0);
-        begin(0);
-        multiply(0, KS);
-        wgmma_commit();
-        convert(0);
-        for (int t = 1; t < n_tile; t++) {
+        if (!MANY || n_tile()) {
+            begin(0);
+            multiply(0, KS);
+            wgmma_commit();
+            convert(0);
+        }
+        for (int t = 1; t < n_tile(); t++) {
             const bool regular = ready(t - 1);
             if (!regular) {
                 score_slowly(t - 1);
@@ -435,10 +473,11 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
             });
             convert(t);
         }
-        if (ready(n_tile - 1)) {
-            score(n_tile - 1, true, [](int) {});
+        if (MANY && n_tile() == 0) {
+        } else if (ready(n_tile() - 1)) {
+            score(n_tile() - 1, true, [](int) {});
         } else {
-            score_slowly(n_tile - 1);
+            score_slowly(n_tile() - 1);
         }
     } else if (wg == 2) {
         //
@@ -462,13 +501,22 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
             }
             wide[j] = __any_sync(0xffffffff, max(max(segs[j][0], segs[j][1]), max(segs[j][2], segs[j][3])) >> 24 > 4);
         }
-        if (!p.part.beside) {
+        if (MANY || !p.part.beside) {
             grid_wait();
         }
-        if (tid == 0) {
-            load_keys(0);
-            if (n_tile > 1) {
-                load_keys(1);
+        if (MANY) {
+            Walk tiles(p);
+            *sm_n_tile = tiles.end - tiles.next;
+            for (int t = 0; t < 2 && tiles.next < tiles.end; t++) {
+                const int tile = tiles.take(p);
+                if (tid == 0) {
+                    load_keys(t, tile*64, stream_of(tiles.context));
+                }
+            }
+        } else if (tid == 0) {
+            load_keys(0, tile0*64, 0);
+            if (n_tile() > 1) {
+                load_keys(1, (tile0 + 1)*64, 0);
             }
         }
         bar_sync(1, 128);
@@ -479,7 +527,7 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
         const int distance = (cell >> 4)*8 + (cell & 7);
         const uint32_t row_at = cell & 8 ? run_bytes + (RUN - 1 - distance)*p.k.row_bytes : distance*p.k.row_bytes;
         const uint32_t unpacked_at = (cell >> 3)*8*pad + (cell & 7)*16 + part*256;
-        for (int t = 0; t < n_tile; t++) {
+        for (int t = 0; t < n_tile(); t++) {
             const int slot = t & 1;
             mbar_wait(bar_rows + slot*8, t >> 1 & 1);
             if (t >= 2) {
@@ -547,8 +595,8 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
                     const uint32_t other = (rank_block + i)%C;
                     cluster_copy(cluster_map(smem_u32(to), other), smem_u32(to), part_bytes, cluster_map(bar_a + slot*8, other));
                 }
-                if (t + 2 < n_tile) {
-                    load_keys(t + 2);
+                if (t + 2 < n_tile()) {
+                    load_keys(slot, cell_of(t + 2), stream_of(context_of(t + 2)));
                 }
             }
         }
@@ -572,9 +620,9 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
             //
             const int col = lane & 7;
             const bool real = col%4 < col_head;
-            const int token = col%4/gqa;
+            const int token = col%4/gqa; // of the context
             const float slope = real ? alibi_slope(p.max_bias, p.n_head, (head0 + col/4)*gqa + col%4%gqa) : 1.0f;
-            const char * mask = p.mask ? (const char *) p.mask + stream*p.mask_nb_stream + (real ? token : 0)*p.mask_nb_token : nullptr;
+            const char * mask = p.mask && !MANY ? (const char *) p.mask + stream*p.mask_nb_stream + (real ? token : 0)*p.mask_nb_token : nullptr;
             const int end = opaque(real ? p.n_kv : 0);
             float top = -INFINITY;
             float sum = 0.0f;
@@ -583,16 +631,66 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
                 mbar_arrive(bar_q);
                 mbar_arrive(bar_q + 8);
             }
+            if (MANY) {
+                bar_sync(5, 3*128); // turns
+            }
             grid_wait();
+            Walk tiles(p);
+            // MANY: what the others need to know of a tile, before any of them asks: keys of tile t + 2 are loaded when those of t are unpacked,
+            // which waits for the scores of t - 3 to be made, and these for the softmax to have read those of t - 5. Both warps write the same
+            constexpr int KNOWN = 7;
+            auto tell = [&](int t) {
+                const int64_t before = t ? stream_of(context_of(t - 1))*p.rows_v_nb_stream + (int64_t)(cell_of(t - 1) + 64)*p.v.row_bytes : 0;
+                const int cell = tiles.take(p)*64;
+                const int64_t between = stream_of(tiles.context)*p.rows_v_nb_stream + (int64_t) cell*p.v.row_bytes - before;
+                sm_tile[t & 15] = make_int4((int) between, (int)(between >> 32), p.n_kv - cell, tiles.context | (tiles.left == 0 ? 1 << 31 : 0));
+                __syncwarp();
+            };
+            if (MANY) {
+                *sm_n_tile = tiles.end - tiles.next;
+                for (int t = 0; t < KNOWN && tiles.next < tiles.end; t++) {
+                    tell(t);
+                }
+                bar_sync(7, 128);
+            }
             cluster_wait();
-            bar_sync(5, 3*128);
-            for (int t = 0; t < n_tile; t++) {
+            if (!MANY) {
+                bar_sync(5, 3*128);
+            }
+            auto write_sums = [&](int context) {
+                sum += __shfl_xor_sync(0xffffffff, sum, 8);
+                sum += __shfl_xor_sync(0xffffffff, sum, 16);
+                sum_v += __shfl_xor_sync(0xffffffff, sum_v, 8);
+                sum_v += __shfl_xor_sync(0xffffffff, sum_v, 16);
+                if (lane < 8) {
+                    sm_part[32 + warp*8 + lane] = sum;
+                    sm_part[48 + warp*8 + lane] = sum_v;
+                }
+                bar_sync(2, 64);
+                if (tid < 8 && real) {
+                    *(float4 *) partial_of(context, token, (head0 + col/4)*gqa + col%4%gqa) = make_float4(top,
+                        sm_part[32 + tid] + sm_part[40 + tid], (sm_part[48 + tid] + sm_part[56 + tid])*(1.0f/P_SCALE), 0.0f);
+                }
+            };
+            for (int t = 0; t < n_tile(); t++) {
                 const int tid = thread_now() & 63;
                 const int col = tid & 7;
                 const int pair = tid >> 3; // of cells, and every eighth after
                 const int slot = t & 1;
-                const int left = end - (tile0 + t)*64;
-                const int cell0 = (tile0 + t)*64;
+                if (MANY) {
+                    if (tiles.next < tiles.end) {
+                        tell(t + KNOWN);
+                    }
+                    const int context = context_of(t);
+                    if (t > 0 && context_of(t - 1) < 0) {
+                        write_sums(context_of(t - 1));
+                        top = -INFINITY;
+                        sum = sum_v = 0.0f;
+                    }
+                    mask = p.mask ? (const char *) p.mask + stream_of(context)*p.mask_nb_stream + (token_of(context) + (real ? token : 0))*p.mask_nb_token : nullptr;
+                }
+                const int cell0 = cell_of(t);
+                const int left = end - cell0;
                 float m[8];
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
@@ -679,66 +777,132 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
                     }
                 }
             }
-            sum += __shfl_xor_sync(0xffffffff, sum, 8);
-            sum += __shfl_xor_sync(0xffffffff, sum, 16);
-            sum_v += __shfl_xor_sync(0xffffffff, sum_v, 8);
-            sum_v += __shfl_xor_sync(0xffffffff, sum_v, 16);
-            if (lane < 8) {
-                sm_part[32 + warp*8 + lane] = sum;
-                sm_part[48 + warp*8 + lane] = sum_v;
-            }
-            bar_sync(2, 64);
-            if (tid < 8 && real) {
-                const int qh = (head0 + col/4)*gqa + col%4%gqa;
-                const int64_t row = ((int64_t) stream*p.n_token + token)*p.n_head + qh;
-                *(float4 *)(p.partial + (row*p.n_chunk + blockIdx.x)*(4 + p.rank_stride)) = make_float4(top,
-                    sm_part[32 + tid] + sm_part[40 + tid], (sm_part[48 + tid] + sm_part[56 + tid])*(1.0f/P_SCALE), 0.0f);
+            if (!MANY || n_tile()) {
+                write_sums(MANY ? context_of(n_tile() - 1) : 0);
             }
         } else {
             //
             // What a tile needs: queries and means turned, scales, whether positions are consecutive. A warp has half of the pairs
             //
-            grid_wait();
+            if (MANY) {
+                bar_sync(5, 3*128);
+                grid_wait();
+                bar_sync(7, 128); // the first tiles are known
+            } else {
+                grid_wait();
+            }
             cluster_wait();
-            bar_sync(5, 3*128);
+            if (!MANY) {
+                bar_sync(5, 3*128);
+            }
             float2 vec[2][4][2]; // [queries, means][blocks of 8 pairs][pairs], column l4
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
+            auto fetch = [&](int j, const float2 * from) {
 #pragma unroll
                 for (int g = 0; g < 4; g++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        vec[j][g][i] = sm_vec[(j*8 + l4)*(HD/2) + ((warp - 2)*4 + g)*8 + quad*2 + i];
+                        vec[j][g][i] = from[l4*(HD/2) + ((warp - 2)*4 + g)*8 + quad*2 + i];
                     }
                 }
+            };
+            // queries of another context, a head per warp; they pass through where the tile's come to stand
+            auto turn_to = [&](int context, int slot) {
+                float2 * by = (float2 *)(sm_q + slot*2*2*GP*16);
+                const int lane = thread_now() & 31;
+                const int mine = thread_now() >> 5 & 1; // of the block's heads
+                const int head = head0 + mine;
+                const int rep = opaque(gqa);
+                const char * from = (const char *) p.q + stream_of(context)*p.q_nb_stream + token_of(context)*p.q_nb_token + (int64_t) head*rep*p.q_nb_head;
+                float2 v[2][4]; // pairs of a column
+                float4 pair[2]; // scale, means
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int2 dim = ((const int2 *) p.rope.pair_dim)[i*32 + lane];
+                    const float mag = p.rope.mag[i*32 + lane];
+                    pair[i] = *(const float4 *)(p.k.pairs + ((int64_t) head*(HD/2) + i*32 + lane)*8);
+#pragma unroll
+                    for (int c = 0; c < 4; c++) {
+                        v[i][c] = make_float2(0.0f, 0.0f);
+                        if (c < rep*p.context_tokens) {
+                            const float * q = (const float *)(from + (c >= rep ? c/rep*p.q_nb_token + c%rep*p.q_nb_head : c*p.q_nb_head));
+                            v[i][c] = make_float2(q[dim.x]*mag, q[dim.y]*mag);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+#pragma unroll
+                    for (int c = 0; c < 4; c++) {
+                        float2 x[2];
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const float2 q = v[i][c];
+                            x[i] = j == 0 ? make_float2(q.x*pair[i].x, q.y*pair[i].x) : make_float2(q.x*pair[i].y + q.y*pair[i].z, q.y*pair[i].y - q.x*pair[i].z);
+                        }
+                        const float top = sqrtf(warp_max(fmaxf(x[0].x*x[0].x + x[0].y*x[0].y, x[1].x*x[1].x + x[1].y*x[1].y)));
+                        const float inv = top > 0.0f ? 1.0f/top : 0.0f;
+                        if (lane == 0) {
+                            sm_kept[j*8 + mine*4 + c] = j == 0 ? top*p.scale/p.trig_scale : top*p.scale;
+                        }
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            by[(mine*4 + c)*(HD/2) + i*32 + lane] = make_float2(x[i].x*inv, x[i].y*inv);
+                        }
+                    }
+                    bar_sync(4, 64);
+                    fetch(j, by);
+                    bar_sync(4, 64); // queries come to where they were
+                }
+            };
+            if (!MANY) {
+                fetch(0, sm_vec);
+                fetch(1, sm_vec + 8*(HD/2));
+                bar_sync(4, 64); // queries come to where they were
             }
-            bar_sync(4, 64); // queries come to where they were
             int first_pos = 0;
             int next_pos = 0;
             uint32_t next_k = 0;
             uint32_t next_v = 0;
             auto ask = [&](int t) {
-                const int cell0 = (tile0 + t)*64;
+                int stream = 0;
+                if (MANY) {
+                    if (t == n_tile()) {
+                        return;
+                    }
+                    stream = stream_of(context_of(t));
+                }
+                const int cell0 = cell_of(t);
                 const int cell = cell0 + (thread_now() & 63);
                 if (cell0 < p.n_kv) {
-                    first_pos = pos[cell0];
+                    const int32_t * of = MANY ? p.pos + (int64_t) stream*p.n_kv : pos;
+                    first_pos = of[cell0];
                     if (cell < p.n_kv) {
-                        next_pos = pos[cell];
-                        next_k = *(const uint16_t *)(rows_k + (int64_t) cell*p.k.row_bytes + gk.row_offset);
-                        next_v = *(const uint16_t *)(rows_v + (int64_t) cell*p.v.row_bytes + gv.row_offset);
+                        next_pos = of[cell];
+                        next_k = *(const uint16_t *)((MANY ? p.rows_k + stream*p.rows_k_nb_stream : rows_k) + (int64_t) cell*p.k.row_bytes + gk.row_offset);
+                        next_v = *(const uint16_t *)((MANY ? p.rows_v + stream*p.rows_v_nb_stream : rows_v) + (int64_t) cell*p.v.row_bytes + gv.row_offset);
                     }
                 }
             };
             ask(0);
-            for (int t = 0; t < n_tile; t++) {
+            for (int t = 0; t < n_tile(); t++) {
                 const int slot = t & 1;
-                const int cell = thread_now() & 63;
-                const int consecutive = __all_sync(0xffffffff, next_pos == first_pos + cell || (tile0 + t)*64 + cell >= p.n_kv);
+                const int cell = thread_now() & 63; // as `tid` less the warps of the softmax
+                const int consecutive = __all_sync(0xffffffff, next_pos == first_pos + cell || cell_of(t) + cell >= p.n_kv);
                 const uint64_t turn = sm_turn[cell];
                 float my_s, my_c;
                 sincos_turn((uint64_t)(int64_t)(first_pos + 31)*turn + (uint64_t)((int64_t) turn >> 1), my_s, my_c);
                 if (t >= 2) {
                     mbar_wait(bar_s + slot*8, (t >> 1) - 1 & 1);
+                }
+                if (MANY) {
+                    if (t == 0 || context_of(t - 1) < 0) {
+                        turn_to(context_of(t), slot);
+                    }
+                    const int i = thread_now() & 63; // a warp has its head's, as it may be a tile ahead of the other
+                    if ((i & 31) < 8) {
+                        const int of = (i & 4) << 1 | i >> 5 << 2 | (i & 3);
+                        sm_factor[slot*16 + of] = sm_kept[of];
+                    }
                 }
                 sm_kscale[slot*64 + cell] = __ushort_as_half((unsigned short) next_k);
                 sm_vscale[(t & 3)*64 + cell] = __ushort_as_half((unsigned short) next_v);
@@ -813,6 +977,19 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
         const uint32_t v8 = 8*p.v.row_bytes;
         int left = p.n_kv - tile0*64; // cells from the stage on that comes next
         uint32_t write_at = 0;
+        if (MANY) {
+            grid_wait();
+        }
+        if (MANY) {
+            Walk tiles(p);
+            *sm_n_tile = tiles.end - tiles.next;
+            left = 0;
+            if (tiles.next < tiles.end) {
+                const int cell = tiles.take(p)*64;
+                source += stream_of(tiles.context)*p.rows_v_nb_stream + (int64_t) cell*p.v.row_bytes;
+                left = p.n_kv - cell;
+            }
+        }
         auto stage = [&]() {
             const uint8_t * const from[2] = { source, source + v8 };
             if (left >= 2*VT) {
@@ -820,6 +997,10 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
                 cp_async16_if(copies, target + write_at + 32*p.v_stage_words, from[1]);
             } else if (copies) { // memory may end there
                 const uint8_t * end = rows_v + (int64_t) p.n_kv*p.v.row_bytes;
+                if (MANY) { // of this tile's stream
+                    const int row = thread_now() >> 4 & 7;
+                    end = source + (int64_t)(left - row)*p.v.row_bytes - (thread_now() & 15)*16 + (int) source_at - start;
+                }
                 for (int i = 0; i < 2; i++) {
                     for (int j = 0; j < 16 && (tid >> 4) + i*8 < left && from[i] + j < end; j += 4) {
                         *(uint32_t *)(sm_v + (target + write_at - smem_u32(sm_v)) + i*32*p.v_stage_words + j) = *(const uint32_t *)(from[i] + j);
@@ -831,13 +1012,13 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
             left -= VT;
             write_at = write_at == (VSTAGES - 1)*v_bytes ? 0 : write_at + v_bytes;
         };
-        if (!p.part.beside) {
+        if (!MANY && !p.part.beside) {
             grid_wait();
         }
         stage();
         stage();
         stage();
-        if (p.part.beside) {
+        if (!MANY && p.part.beside) {
             grid_wait();
         }
         grid_next();
@@ -875,77 +1056,95 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
         cp_async_wait<2>();
         bar_sync(3, 128);
         ask();
-        for (int t = 0; t < n_tile; t++) {
-            const int slot = t & 1;
-            const uint32_t * weights = sm_p + slot*C*P_WORDS;
-            const int other = thread_now() & 31;
-            mbar_wait(bar_p + slot*8, t >> 1 & 1);
-            float2 fix[C];
-            bool any = false;
+        for (int t = 0; t < n_tile(); t++) {
+            if (MANY) { // a context's numbers may not be finite
 #pragma unroll
-            for (int n = 0; n < C; n++) {
-                fix[n] = *(const float2 *)(weights + n*P_WORDS + 32*8 + (other & 3)*2);
-                any |= fix[n].x != 1.0f || fix[n].y != 1.0f;
-            }
-            if (__any_sync(0xffffffff, any)) {
+                for (int m = 0; m < 4; m++) {
 #pragma unroll
-                for (int n = 0; n < C; n++) {
-#pragma unroll
-                    for (int m = 0; m < 4; m++) {
-                        u[m][n*4 + 0] *= fix[n].x;
-                        u[m][n*4 + 1] *= fix[n].y;
-                        u[m][n*4 + 2] *= fix[n].x;
-                        u[m][n*4 + 3] *= fix[n].y;
+                    for (int i = 0; i < 4*C; i++) {
+                        u[m][i] = 0.0f;
                     }
                 }
             }
-#pragma unroll 1
-            for (int kb = 0; kb < 4; kb++) {
-                uint32_t y[4][2];
-                value_code_pairs(y, small, bits, shift, [&](int j, int i) { return w[j][i]; });
-                uint32_t a[4][4];
+            for (;; t++) {
+                const int slot = t & 1;
+                const uint32_t * weights = sm_p + slot*C*P_WORDS;
+                const int other = thread_now() & 31;
+                mbar_wait(bar_p + slot*8, t >> 1 & 1);
+                float2 fix[C];
+                bool any = false;
 #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    a[m][0] = y[m][0] & ones;
-                    a[m][1] = y[m][0] >> bits & ones;
-                    a[m][2] = y[m][1] & ones;
-                    a[m][3] = y[m][1] >> bits & ones;
+                for (int n = 0; n < C; n++) {
+                    fix[n] = *(const float2 *)(weights + n*P_WORDS + 32*8 + (other & 3)*2);
+                    any |= fix[n].x != 1.0f || fix[n].y != 1.0f;
                 }
-                wgmma_fence();
+                if (__any_sync(0xffffffff, any)) {
 #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    wgmma_f16(u[m], a[m], desc_p + ((slot*C*P_WORDS*4 + kb*256) >> 4));
-                }
-                wgmma_commit();
-                cp_async_wait<1>();
-                bar_sync(3, 128); // the next stage is here, and all have read this one
-                stage();
-                ask();
-                wgmma_wait<0>();
-            }
-            if (other < C) {
-                mbar_arrive_at(cluster_map(bar_p_free + slot*8, other));
-            }
-        }
-        cp_async_wait<0>();
-        if (mine) {
-            constexpr float f = 16777216.0f/P_SCALE;
-#pragma unroll
-            for (int n = 0; n < C; n++) {
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const int c = quad*2 + j;
-                    if (c%4 < col_head) {
-                        const int64_t row = ((int64_t) stream*p.n_token + c%4/gqa)*p.n_head + (n*2 + c/4)*gqa + c%4%gqa;
-                        float2 * to = (float2 *)(p.partial + (row*p.n_chunk + blockIdx.x)*(4 + p.rank_stride) + 4 + my_seg*8);
+                    for (int n = 0; n < C; n++) {
 #pragma unroll
                         for (int m = 0; m < 4; m++) {
-                            to[m] = make_float2(u[m][n*4 + j]*f, u[m][n*4 + 2 + j]*f);
+                            u[m][n*4 + 0] *= fix[n].x;
+                            u[m][n*4 + 1] *= fix[n].y;
+                            u[m][n*4 + 2] *= fix[n].x;
+                            u[m][n*4 + 3] *= fix[n].y;
+                        }
+                    }
+                }
+#pragma unroll 1
+                for (int kb = 0; kb < 4; kb++) {
+                    uint32_t y[4][2];
+                    value_code_pairs(y, small, bits, shift, [&](int j, int i) { return w[j][i]; });
+                    uint32_t a[4][4];
+#pragma unroll
+                    for (int m = 0; m < 4; m++) {
+                        a[m][0] = y[m][0] & ones;
+                        a[m][1] = y[m][0] >> bits & ones;
+                        a[m][2] = y[m][1] & ones;
+                        a[m][3] = y[m][1] >> bits & ones;
+                    }
+                    wgmma_fence();
+#pragma unroll
+                    for (int m = 0; m < 4; m++) {
+                        wgmma_f16(u[m], a[m], desc_p + ((slot*C*P_WORDS*4 + kb*256) >> 4));
+                    }
+                    wgmma_commit();
+                    cp_async_wait<1>();
+                    bar_sync(3, 128); // the next stage is here, and all have read this one
+                    if (MANY && kb == 1) {
+                        const volatile int4 & next = sm_tile[(t + 1) & 15];
+                        source += (int64_t) next.y << 32 | (uint32_t) next.x;
+                        left = t + 1 < n_tile() ? next.z : 0;
+                    }
+                    stage();
+                    ask();
+                    wgmma_wait<0>();
+                }
+                if (other < C) {
+                    mbar_arrive_at(cluster_map(bar_p_free + slot*8, other));
+                }
+                if (MANY ? context_of(t) < 0 : t + 1 == n_tile()) {
+                    break;
+                }
+            }
+            if (mine) {
+                constexpr float f = 16777216.0f/P_SCALE;
+#pragma unroll
+                for (int n = 0; n < C; n++) {
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const int c = quad*2 + j;
+                        if (c%4 < col_head) {
+                            float2 * to = (float2 *)(partial_of(context_of(t), c%4/gqa, (n*2 + c/4)*gqa + c%4%gqa) + 4 + my_seg*8);
+#pragma unroll
+                            for (int m = 0; m < 4; m++) {
+                                to[m] = make_float2(u[m][n*4 + j]*f, u[m][n*4 + 2 + j]*f);
+                            }
                         }
                     }
                 }
             }
         }
+        cp_async_wait<0>();
     }
     // no block is gone while another writes to it
     cluster_arrive();
@@ -957,9 +1156,12 @@ template <int KS> static __device__ __forceinline__ void decode_sm90_cluster(con
 #ifdef PALU_SM90
 #define PALU_DECODE_CLUSTER(KS) \
     extern "C" __global__ void __cluster_dims__(1, PALU_CUDA_CLUSTER, 1) __launch_bounds__(PALU_CUDA_CLUSTER_THREADS, 1) \
-    palu_decode_sm90_cluster_##KS(const __grid_constant__ palu_cuda_attn p) { decode_sm90_cluster<KS>(p); }
+    palu_decode_sm90_cluster_##KS(const __grid_constant__ palu_cuda_attn p) { decode_sm90_cluster<KS, false>(p); } \
+    extern "C" __global__ void __cluster_dims__(1, PALU_CUDA_CLUSTER, 1) __launch_bounds__(PALU_CUDA_CLUSTER_THREADS, 1) \
+    palu_decode_sm90_cluster_many_##KS(const __grid_constant__ palu_cuda_attn p) { decode_sm90_cluster<KS, true>(p); }
 #else
 #define PALU_DECODE_CLUSTER(KS) \
-    extern "C" __global__ void palu_decode_sm90_cluster_##KS(const __grid_constant__ palu_cuda_attn p) {}
+    extern "C" __global__ void palu_decode_sm90_cluster_##KS(const __grid_constant__ palu_cuda_attn p) {} \
+    extern "C" __global__ void palu_decode_sm90_cluster_many_##KS(const __grid_constant__ palu_cuda_attn p) {}
 #endif
 PALU_CUDA_CLUSTER_KERNELS(PALU_DECODE_CLUSTER)

@@ -20,6 +20,7 @@ extern "C" {
 #define PALU_CUDA_SEGMENT 8       // channels that share a bit width: b bits are b bytes
 #define PALU_CUDA_RANK_ALIGN 32   // decoders are padded with zeros to this many channels
 #define PALU_CUDA_TILE 64         // cells that the decode kernels take at a time
+#define PALU_CUDA_CONTEXTS 32     // that clusters share, at most
 #define PALU_CUDA_PROJECT_TOKENS 4   // of a block of palu_project
 #define PALU_CUDA_PROJECT_SMEM 62464 // bytes of palu_project_mma
 
@@ -104,14 +105,18 @@ typedef struct palu_cuda_attn {
     const float   * sinks;    // [n_head] or NULL
     const float   * extra;    // [n_stream][n_token][n_head][4 + v.head_dim] what other cells give, or NULL; only the combine reads it
     float         * partial;  // [n_stream][n_token][n_head][n_chunk][4 + rank_stride]: largest score (in bits, log2), sum of
-                              // weights, sum of weights times row scales, unused; then the values summed as codes
+                              // weights, sum of weights times row scales, unused; then the values summed as codes.
+                              // With n_context: what palu_tiles makes, then [n_chunk + n_context][context_tokens][n_head][4 + rank_stride]
     float         * out;      // [n_stream][n_token][n_head][v.head_dim]
     int32_t         mask_f16;
     int32_t         n_head;
     int32_t         n_token;
     int32_t         n_stream;
     int32_t         n_kv;
-    int32_t         n_chunk;       // parts that the context is split into
+    int32_t         n_chunk;       // parts that the context is split into; with n_context the number of clusters
+    int32_t         n_context;     // 0, or as many contexts as clusters share, each the cells that context_tokens tokens of a stream see: a
+                                   // cluster takes as many tiles as all others, of one context or of several that follow each other
+    int32_t         context_tokens; // divides n_token
     palu_cuda_part  part;          // of the context, which this launch works on
     int32_t         rank_stride;   // v.rank_max rounded up to 8
     float           scale;
@@ -183,7 +188,7 @@ typedef struct palu_cuda_recent {
     int32_t         n_stream;
     int32_t         n_slot;
     int32_t         n_recent;      // with out at most PALU_CUDA_RECENT_MAX
-    int32_t         store;         // 1: the token goes to its slot; with out only for one token, as a slot may be overwritten when all queries are done
+    int32_t         store;         // 1: tokens go to their slots, when all of the stream's queries are done
     int32_t         beside;        // 1: runs beside the kernels in front of it (common.cuh)
     float           scale;
     float           softcap;
@@ -231,10 +236,12 @@ typedef struct palu_cuda_prepend {
 //   palu_decode_mma_{64,32}_{8,16,32}(palu_cuda_attn) any shape that fits shared memory; cells at a time (times 4: threads) and
 //                                   columns (query rows of all of a block's heads); grid (n_chunk, n_head_kv/heads_per_cta*
 //                                   ceil(n_col/mma_cols)*ceil(v.rank_max/mma_slice), n_stream)
-//   palu_combine (palu_cuda_attn)   after any decode kernel; grid (n_head*ceil(v.head_dim/32), n_token, n_stream), 1024 threads,
-//                                   dynamic shared memory 32*PALU_CUDA_COMBINE_STAGED(rank_stride) + 4*(max(4096, rank_stride + 32) + rank_stride + 32 + n_chunk) bytes
-
-//   palu_recent  (palu_cuda_recent) grid (n_head_kv, n_stream, n_token), 256 threads, dynamic shared memory palu_cuda_recent_smem()
+//   palu_decode_sm90_cluster_many_*(palu_cuda_attn) the same with n_context, after palu_tiles; grid (n_chunk, PALU_CUDA_CLUSTER)
+//   palu_tiles   (palu_cuda_attn)   which tiles each of n_context contexts sees; grid (n_context), 1024 threads
+//   palu_combine_{1,4,8}(palu_cuda_attn), with n_context palu_combine_many_{1,4,8}: after any decode kernel, so many query rows of a KV head at a time; grid (n_head_kv*ceil(v.head_dim/32),
+//                                   ceil(n_head/n_head_kv*n_token*n_stream/rows)), 1024 threads, dynamic shared memory palu_cuda_combine_smem()
+//
+//   palu_recent  (palu_cuda_recent) grid (n_head_kv, n_stream, out && store ? 1 : n_token), 256 threads, dynamic shared memory palu_cuda_recent_smem()
 //   palu_prepend  (palu_cuda_prepend) grid (n_more, n_stream), 256 threads
 //   palu_rebuild_{keys,values}_{128,64,32}(palu_cuda_rebuild)  so many cells per block, 256 threads; side.dec_half must be set
 //   palu_rebuild_sm90_{keys,values}_{128,64}                   the same on sm_90a
@@ -261,8 +268,9 @@ typedef struct palu_cuda_launch {
 // are not read; groups: the host's copies of p->k.groups and so on. Returns 0, or -1 if no kernel can do it.
 int palu_cuda_plan_store  (const palu_cuda_device * dev, const palu_cuda_store * p, palu_cuda_launch out[2]);
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);
-// Attention: one decode kernel or two, the second with p->part = *rest (else it is not to be launched), and the combine.
-int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, palu_cuda_part * rest, palu_cuda_launch out[3]);
+// Attention: palu_tiles if clusters share contexts, one decode kernel or two, the second with p->part = *rest, and the combine; what has no
+// kernel is not to be launched.
+int palu_cuda_plan_attn   (const palu_cuda_device * dev, palu_cuda_attn    * p, palu_cuda_part * rest, palu_cuda_launch out[4]);
 
 // One cluster of decode_sm90_cluster with all of the device's shared memory: what palu_cuda_device.n_cluster is asked of the driver with.
 int palu_cuda_plan_one_cluster(const palu_cuda_device * dev, palu_cuda_launch out[1]);
@@ -270,8 +278,9 @@ int palu_cuda_plan_one_cluster(const palu_cuda_device * dev, palu_cuda_launch ou
 int palu_cuda_plan_recent (const palu_cuda_recent * p, palu_cuda_launch out[1]);
 int palu_cuda_plan_prepend (const palu_cuda_prepend * p, palu_cuda_launch out[1]);
 
-// 1 if attention of this shape is to read the rows, 0 if they are to be rebuilt first.
-int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p);
+// 1 if attention of this shape is to read the rows, 0 if they are to be rebuilt first. n_seq: sequences that a stream's tokens belong to,
+// of which each sees its own cells, at least 1.
+int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p, int32_t n_seq);
 
 // For decode_sm90_wide: the decoders of keys in the order in which they are multiplied, 64 columns (one head's 32 pairs) after
 // each other: out, as large as dec and at the same dec0, is per group [group_size*head_dim/64][rank_pad/16][64][16]; of 64
@@ -300,6 +309,23 @@ static inline int32_t palu_cuda_max32(int32_t a, int32_t b) { return a > b ? a :
 
 // Channels of a decoder that palu_combine keeps in shared memory.
 #define PALU_CUDA_COMBINE_STAGED(rank_stride) ((rank_stride) > 992 ? 1024 : ((rank_stride) + 31)/32*32)
+
+static inline size_t palu_cuda_combine_smem(const palu_cuda_attn * p, int32_t rows) {
+    const int32_t u = rows*(p->rank_stride + 32);
+    return 32*(size_t) PALU_CUDA_COMBINE_STAGED(p->rank_stride) + 4*((size_t) palu_cuda_max32(4096, u) + u + (size_t) rows*p->n_chunk);
+}
+
+// What palu_tiles makes, at palu_cuda_attn.partial, and its size in 4-byte words: int32 [PALU_CUDA_CONTEXTS] how many tiles a context sees,
+// then [n_context][ceil(n_kv/PALU_CUDA_TILE)] which these are.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+static inline int64_t palu_cuda_tiles_size(const palu_cuda_attn * p) {
+    return PALU_CUDA_CONTEXTS + ((int64_t) p->n_context*((p->n_kv + PALU_CUDA_TILE - 1)/PALU_CUDA_TILE) + 3)/4*4;
+}
+
+// Kernels that combine: X(query rows of a KV head at a time).
+#define PALU_CUDA_COMBINE_KERNELS(X) X(1) X(4) X(8)
 
 // Floats of a staged head of a cell, 16 modulo 32 where it can be: two cells then lie in different banks.
 #ifdef __CUDACC__
@@ -382,6 +408,7 @@ static inline size_t palu_cuda_wide_smem(const palu_cuda_attn * p, int32_t k_ste
 // Of decode_sm90_cluster: blocks of a cluster, threads of a block.
 #define PALU_CUDA_CLUSTER 4
 #define PALU_CUDA_CLUSTER_THREADS 640
+#define PALU_CUDA_CLUSTER_MANY 384 // bytes that sharing contexts takes
 // Kernels of decode_sm90_cluster: X(key channels/32).
 #define PALU_CUDA_CLUSTER_KERNELS(X) X(10) X(12) X(13) X(14) X(15)
 
@@ -393,7 +420,8 @@ static inline size_t palu_cuda_cluster_smem(const palu_cuda_attn * p, int32_t k_
          + (size_t) 2*PALU_CUDA_CLUSTER*1056 + 2*2048            // weights, scores
          + 2*((size_t) 64/PALU_CUDA_CLUSTER*p->k.row_bytes + 16) // rows of keys
          + (size_t) 3*16*p->v_stage_words*4 + 64                 // and of values
-         + 1024 + 768 + 64 + 256 + 16 + 512 + 128;               // halves, scales, factors, maxima, flags, turns, barriers
+         + 1024 + 768 + 128 + 256 + 16 + 512 + 128               // halves, scales, factors, maxima, flags, turns, barriers
+         + (p->n_context ? PALU_CUDA_CLUSTER_MANY : 0);
 }
 
 // Bytes of shared memory of decode_sm90_cheb but for the staged rows, with so many blocks of eight fast pairs and so many tiles at a time.

@@ -258,9 +258,10 @@ static const struct wide_kernel {
 #undef X
 };
 
-// What decode_sm90_wide and decode_sm90_cluster both want: one group of heads of 128 dimensions, few query rows each, rows at multiples of 16 bytes.
-static int is_joint_sm90(const palu_cuda_device * dev, const palu_cuda_attn * p) {
-    const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*p->n_token;
+// What decode_sm90_wide and decode_sm90_cluster both want: one group of heads of 128 dimensions, few query rows each, of so many tokens, rows
+// at multiples of 16 bytes.
+static int is_joint_sm90(const palu_cuda_device * dev, const palu_cuda_attn * p, int32_t n_token) {
+    const int64_t cols = (int64_t) p->n_head/p->k.n_head_kv*n_token;
     return dev->arch == 90 && p->k.planes == 1 && p->k.head_dim == 128 && p->v.head_dim == 128 && p->n_kv != 0 &&
         p->k.n_group == 1 && p->v.n_group == 1 && p->k.dec_tiles && p->k.rank_max != 0 && cols <= 4 &&
         (p->n_stream <= 1 || (p->rows_k_nb_stream%16 == 0 && p->rows_v_nb_stream%16 == 0));
@@ -268,7 +269,7 @@ static int is_joint_sm90(const palu_cuda_device * dev, const palu_cuda_attn * p)
 
 // The kernel of decode_sm90_wide that does this, or NULL.
 static const struct wide_kernel * wide_kernel_for(const palu_cuda_device * dev, const palu_cuda_attn * p) {
-    if (!is_joint_sm90(dev, p) || p->k.n_head_kv > 8 || p->v.rank_max > 640) {
+    if (!is_joint_sm90(dev, p, p->n_token) || p->k.n_head_kv > 8 || p->v.rank_max > 640) {
         return NULL;
     }
     for (size_t i = 0; i < sizeof(wide_kernels)/sizeof(wide_kernels[0]); i++) {
@@ -317,18 +318,35 @@ int32_t palu_cuda_slice_span(const palu_cuda_side * side, const palu_cuda_group 
 static const struct cluster_kernel {
     int32_t k_steps;
     const char * name;
+    const char * name_many;
 } cluster_kernels[] = {
-#define X(KS) { KS, "palu_decode_sm90_cluster_" #KS },
+#define X(KS) { KS, "palu_decode_sm90_cluster_" #KS, "palu_decode_sm90_cluster_many_" #KS },
     PALU_CUDA_CLUSTER_KERNELS(X)
 #undef X
 };
 
-static int cluster_launch(const palu_cuda_device * dev, palu_cuda_launch * out, const struct cluster_kernel * f, int64_t n_chunk, int64_t n_stream, size_t smem) {
-    return set_launch(dev, out, f->name, n_chunk, PALU_CUDA_CLUSTER, n_stream, PALU_CUDA_CLUSTER_THREADS, smem);
+static int cluster_launch(const palu_cuda_device * dev, palu_cuda_launch * out, const char * name, int64_t n_chunk, int64_t n_stream, size_t smem) {
+    return set_launch(dev, out, name, n_chunk, PALU_CUDA_CLUSTER, n_stream, PALU_CUDA_CLUSTER_THREADS, smem);
 }
 
 int palu_cuda_plan_one_cluster(const palu_cuda_device * dev, palu_cuda_launch out[1]) {
-    return cluster_launch(dev, out, &cluster_kernels[0], 1, 1, (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT));
+    return cluster_launch(dev, out, cluster_kernels[0].name, 1, 1, (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT));
+}
+
+// The kernel of decode_sm90_cluster for so many tokens of a stream at a time, or NULL.
+static const struct cluster_kernel * cluster_kernel_for(const palu_cuda_device * dev, palu_cuda_attn * p, int32_t n_token) {
+    if (!is_joint_sm90(dev, p, n_token) || dev->n_cluster < 1 || p->k.n_head_kv != 2*PALU_CUDA_CLUSTER || p->v.slice_span == 0 || p->v.slice_span > 240 ||
+        p->v.rank_max > 256*PALU_CUDA_CLUSTER || p->k.row_bytes >= 65536) {
+        return NULL;
+    }
+    const int32_t words = (p->v.slice_span + 30)/16*4;
+    p->v_stage_words = (words + 3)/8*8 + 4;
+    for (size_t i = 0; i < sizeof(cluster_kernels)/sizeof(cluster_kernels[0]); i++) {
+        if (cluster_kernels[i].k_steps*32 >= p->k.rank_max) {
+            return palu_cuda_cluster_smem(p, cluster_kernels[i].k_steps) <= (size_t) dev->smem_optin ? &cluster_kernels[i] : NULL;
+        }
+    }
+    return NULL;
 }
 
 // Multiprocessors that no cluster finds room on take a part of a long context with decode_sm90_wide, 256 cells at a time, for which it
@@ -366,32 +384,36 @@ static void plan_rest(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cud
 }
 
 static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_part * rest, palu_cuda_launch out[2]) {
-    if (!is_joint_sm90(dev, p) || dev->n_cluster < 1 || p->k.n_head_kv != 2*PALU_CUDA_CLUSTER || p->v.slice_span == 0 || p->v.slice_span > 240 ||
-        p->v.rank_max > 256*PALU_CUDA_CLUSTER || p->k.row_bytes >= 65536) {
-        return -1;
-    }
-    const int32_t words = (p->v.slice_span + 30)/16*4;
-    p->v_stage_words = (words + 3)/8*8 + 4;
-    size_t i = 0;
-    const size_t n = sizeof(cluster_kernels)/sizeof(cluster_kernels[0]);
-    while (i < n && cluster_kernels[i].k_steps*32 < p->k.rank_max) {
-        i++;
-    }
-    if (i == n) {
-        return -1;
-    }
-    const size_t smem = palu_cuda_cluster_smem(p, cluster_kernels[i].k_steps);
-    // with some numbers of streams decode_sm90_wide uses more of the device (with 8 it takes 10% less time than 24 of 30 clusters)
-    const int64_t clusters = (int64_t) palu_cuda_max32(1, dev->n_cluster/p->n_stream)*p->n_stream;
-    const int64_t turns = ceil_div(clusters, dev->n_cluster);
-    if (smem > (size_t) dev->smem_optin || clusters*10 < turns*dev->n_cluster*9) {
+    const struct cluster_kernel * f = p->n_stream == 1 ? cluster_kernel_for(dev, p, p->n_token) : NULL;
+    if (!f) {
         return -1;
     }
     p->part.heads_per_cta = 2;
-    split(p, dev->n_cluster, p->n_stream);
+    split(p, dev->n_cluster, 1);
     const int32_t n_chunk = p->n_chunk;
     plan_rest(dev, p, rest, &out[1]);
-    return cluster_launch(dev, &out[0], &cluster_kernels[i], n_chunk, p->n_stream, smem);
+    return cluster_launch(dev, &out[0], f->name, n_chunk, 1, palu_cuda_cluster_smem(p, f->k_steps));
+}
+
+// Streams, and tokens where all of a stream's are too many for a cluster, as contexts that the clusters share.
+static int plan_many(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_launch out[2]) {
+    const int32_t tokens = (int64_t) p->n_head/p->k.n_head_kv*p->n_token <= 4 ? p->n_token : 1;
+    const int64_t n = (int64_t) p->n_stream*(p->n_token/tokens);
+    if (n < 2 || n > PALU_CUDA_CONTEXTS) {
+        return -1;
+    }
+    p->n_context = (int32_t) n;
+    p->context_tokens = tokens;
+    const struct cluster_kernel * f = cluster_kernel_for(dev, p, tokens);
+    if (!f) {
+        p->n_context = p->context_tokens = 0;
+        return -1;
+    }
+    p->part.heads_per_cta = 2;
+    split(p, 1, 1);
+    p->n_chunk = min32(dev->n_cluster, (int32_t) n*p->part.end_tile);
+    return set_launch(dev, &out[0], "palu_tiles", n, 1, 1, 1024, 0) ||
+        cluster_launch(dev, &out[1], f->name_many, p->n_chunk, 1, palu_cuda_cluster_smem(p, f->k_steps)) ? -1 : 0;
 }
 
 static size_t mma_smem(const palu_cuda_attn * p, int32_t cells, int32_t cols) {
@@ -457,41 +479,76 @@ static int plan_general(const palu_cuda_device * dev, palu_cuda_attn * p, palu_c
     return set_launch(dev, out, "palu_decode", p->n_chunk, blocks, p->n_stream, 128, palu_cuda_decode_smem(p));
 }
 
-int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_part * rest, palu_cuda_launch out[3]) {
-    memset(out, 0, 3*sizeof(*out));
+// As many query rows at a time as take the least time: a wave of blocks takes about as long as 8 rows of 8 chunks do.
+static int plan_combine(const palu_cuda_device * dev, const palu_cuda_attn * p, palu_cuda_launch * out) {
+    static const struct { int32_t rows; const char * name; const char * name_many; } kernels[] = {
+#define X(RB) { RB, "palu_combine_" #RB, "palu_combine_many_" #RB },
+        PALU_CUDA_COMBINE_KERNELS(X)
+#undef X
+    };
+    const int64_t rows = (int64_t) p->n_head/p->v.n_head_kv*p->n_token*p->n_stream; // of a KV head
+    const int64_t blocks = (int64_t) p->v.n_head_kv*ceil_div(p->v.head_dim, 32);
+    const int32_t chunks = p->n_context ? ceil_div(p->n_chunk, p->n_context) + 1 : p->n_chunk;
+    int64_t least = 0;
+    for (size_t i = 0; i < sizeof(kernels)/sizeof(kernels[0]); i++) {
+        const int32_t n = kernels[i].rows;
+        const size_t smem = palu_cuda_combine_smem(p, n);
+        const int64_t time = ceil_div(blocks*ceil_div(rows, n), dev->n_sm)*(int64_t)(64 + n*chunks);
+        if (i > 0 && (time >= least || smem > (size_t) dev->smem_optin)) {
+            continue;
+        }
+        least = time;
+        if (set_launch(dev, out, p->n_context ? kernels[i].name_many : kernels[i].name, blocks, ceil_div(rows, n), 1, 1024, smem)) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+int palu_cuda_plan_attn(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda_part * rest, palu_cuda_launch out[4]) {
+    memset(out, 0, 4*sizeof(*out));
     memset(rest, 0, sizeof(*rest));
     const int32_t beside = p->part.beside;
     if (p->k.n_head_kv < 1 || p->k.n_head_kv != p->v.n_head_kv || p->n_head%p->k.n_head_kv || p->k.head_dim%2) {
         return -1;
     }
     p->rank_stride = (p->v.rank_max + 7)/8*8;
-    if (plan_cluster(dev, p, rest, out) == 0) {
+    p->n_context = p->context_tokens = 0;
+    if (plan_cluster(dev, p, rest, &out[1]) == 0 || plan_many(dev, p, out) == 0) {
         p->part.beside = beside;
-    } else if (plan_wide(dev, p, &out[0]) && plan_cheb(dev, p, &out[0]) && plan_sm90(dev, p, &out[0]) && plan_mma(dev, p, &out[0]) && plan_general(dev, p, &out[0])) {
+    } else if (plan_wide(dev, p, &out[1]) && plan_cheb(dev, p, &out[1]) && plan_sm90(dev, p, &out[1]) && plan_mma(dev, p, &out[1]) && plan_general(dev, p, &out[1])) {
         return -1;
     }
-    return set_launch(dev, &out[2], "palu_combine", (int64_t) p->n_head*ceil_div(p->v.head_dim, 32), p->n_token, p->n_stream, 1024,
-        32*(size_t) PALU_CUDA_COMBINE_STAGED(p->rank_stride) + 4*((size_t) palu_cuda_max32(4096, p->rank_stride + 32) + p->rank_stride + 32 + p->n_chunk));
+    return plan_combine(dev, p, &out[3]);
 }
 
 // Query rows per KV head from which rebuilding the context, once for all of them, and ordinary attention are the faster way:
 // on an H200 at 64K cells, 4 tokens with four query heads per KV head, 16 with one.
 #define REBUILD_FROM_ROWS 16
+// The same in tokens of a sequence where clusters share what tokens see.
+#define REBUILD_FROM_TOKENS 5
 
-int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p) {
-    (void) dev;
-    return (int64_t) p->n_token*p->n_head < (int64_t) REBUILD_FROM_ROWS*p->k.n_head_kv;
+int palu_cuda_plan_on_rows(const palu_cuda_device * dev, const palu_cuda_attn * p, int32_t n_seq) {
+    if ((int64_t) p->n_token*p->n_head < (int64_t) REBUILD_FROM_ROWS*p->k.n_head_kv) {
+        return 1;
+    }
+    palu_cuda_attn q = *p;
+    palu_cuda_launch out[2];
+    return p->k.n_head_kv > 0 && p->n_token < (int64_t) REBUILD_FROM_TOKENS*n_seq && plan_many(dev, &q, out) == 0;
 }
 
 size_t palu_cuda_partial_size(const palu_cuda_attn * p) {
+    if (p->n_context) {
+        return (size_t) palu_cuda_tiles_size(p) + (size_t)(p->n_chunk + p->n_context)*p->context_tokens*p->n_head*(4 + p->rank_stride);
+    }
     return (size_t) p->n_stream*p->n_token*p->n_head*p->n_chunk*(4 + p->rank_stride);
 }
 
 int palu_cuda_plan_recent(const palu_cuda_recent * p, palu_cuda_launch out[1]) {
-    if (p->head_dim_k%2 || p->head_dim_v%2 || (p->out && p->n_recent > PALU_CUDA_RECENT_MAX) || (p->out && p->store && p->n_token > 1)) {
+    if (p->head_dim_k%2 || p->head_dim_v%2 || (p->out && p->n_recent > PALU_CUDA_RECENT_MAX)) {
         return -1;
     }
-    out[0] = (palu_cuda_launch) { "palu_recent", { (uint32_t) p->n_head_kv, (uint32_t) p->n_stream, (uint32_t) p->n_token }, 256, p->out ? (uint32_t) palu_cuda_recent_smem(p) : 0 };
+    out[0] = (palu_cuda_launch) { "palu_recent", { (uint32_t) p->n_head_kv, (uint32_t) p->n_stream, p->out && p->store ? 1 : (uint32_t) p->n_token }, 256, p->out ? (uint32_t) palu_cuda_recent_smem(p) : 0 };
     return 0;
 }
 

@@ -20,17 +20,17 @@ struct recent_cell {
     __device__ float2 load(int d) const { return slot ? __half22float2(slot[d/2]) : make_float2(cur[d], cur[d + 1]); }
 };
 
-// A block per KV head, stream and token. Cells are staged CELLS at a time, so that all loads of a stage are in flight together; then a
-// warp per query. Storing needs the queries of all tokens to be done: with more than one token it is a launch of its own.
+// A block per KV head, stream and token; where tokens are stored as well, per KV head and stream, as a slot may be overwritten when the
+// queries of all tokens are done. Cells are staged CELLS at a time, so that all loads of a stage are in flight together; then a warp per
+// query.
 extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_constant__ palu_cuda_recent p) {
     grid_next();
     constexpr int CELLS = PALU_CUDA_RECENT_CELLS;
     extern __shared__ __align__(16) uint8_t smem[];
-    __shared__ int indices[PALU_CUDA_RECENT_MAX + 1];
+    __shared__ int indices[PALU_CUDA_RECENT_MAX];
     __shared__ float weights[8][CELLS];
     const int kv = blockIdx.x;
     const int stream = blockIdx.y;
-    const int token = blockIdx.z;
     const int tid = threadIdx.x;
     const int warp = tid/32;
     const int lane = tid%32;
@@ -42,23 +42,25 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
     float * keys = (float *) smem;                // [CELLS][k_stride]
     float * values = keys + CELLS*k_stride;       // [CELLS][v_stride]
     float * sums = values + CELLS*v_stride;       // [8][dv], a warp's sums of values
-    const int32_t * idx = p.idxs + ((int64_t) stream*p.n_token + token)*(p.n_recent + 1);
+    const int token0 = blockIdx.z;
+    const int token_end = p.store && p.out ? p.n_token : token0 + 1;
+    auto index_of = [&](int token, int j) { return p.idxs[((int64_t) stream*p.n_token + token)*(p.n_recent + 1) + j]; };
     if (!p.beside) {
         grid_wait();
     }
 
     // what comes from global memory and depends on nothing, together
-    const recent_cell own_k(p, 0, stream, p.n_slot + token, kv);
-    const recent_cell own_v(p, 1, stream, p.n_slot + token, kv);
+    const recent_cell first_k(p, 0, stream, p.n_slot + token0, kv);
+    const recent_cell first_v(p, 1, stream, p.n_slot + token0, kv);
     float2 own[2] = {}; // of this thread's first dimensions
-    own[0] = tid*2 < dk ? own_k.load(tid*2) : own[0];
-    own[1] = tid*2 < dv ? own_v.load(tid*2) : own[1];
-    for (int j = p.out ? tid : p.n_recent + tid; j <= p.n_recent; j += 256) {
-        indices[j] = idx[j];
-    }
-    __syncthreads();
-    const int slot = p.store ? indices[p.n_recent] : -1;
-    if (p.out) {
+    own[0] = tid*2 < dk ? first_k.load(tid*2) : own[0];
+    own[1] = tid*2 < dv ? first_v.load(tid*2) : own[1];
+    const int slot0 = p.store ? index_of(token0, p.n_recent) : -1;
+    for (int token = token0; p.out && token < token_end; token++) {
+        for (int j = tid; j < p.n_recent; j += 256) {
+            indices[j] = index_of(token, j);
+        }
+        __syncthreads();
         for (int r0 = 0; r0 < rep; r0 += 8) {
             const int r = r0 + warp;
             const int head = kv*rep + min(r, rep - 1);
@@ -152,17 +154,19 @@ extern "C" __global__ void __launch_bounds__(256) palu_recent(const __grid_const
         }
         __syncthreads(); // what is overwritten was read
     }
-    if (slot >= 0) {
-        for (int side = 0; side < 2; side++) {
+    for (int token = token0; p.store && token < token_end; token++) {
+        const int slot = token == token0 ? slot0 : index_of(token, p.n_recent);
+        for (int side = 0; slot >= 0 && side < 2; side++) {
+            const recent_cell from(p, side, stream, p.n_slot + token, kv);
             const int hd = side ? dv : dk;
             __half2 * to = (__half2 *)(p.slots[side] + (((int64_t) stream*p.n_slot + slot)*p.n_head_kv + kv)*hd);
             for (int d = tid*2; d < hd; d += 512) {
-                const float2 x = d == tid*2 ? own[side] : (side ? own_v : own_k).load(d);
+                const float2 x = d == tid*2 && token == token0 ? own[side] : from.load(d);
                 to[d/2] = __floats2half2_rn(x.x, x.y);
             }
         }
     }
-    if (p.beside && kv == 0 && stream == 0 && token == 0) {
+    if (p.beside && kv == 0 && stream == 0 && token0 == 0) {
         grid_wait();
     }
 }

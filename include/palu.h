@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define PALU_ABI_VERSION 4
+#define PALU_ABI_VERSION 5
 
 typedef enum palu_status {
     PALU_OK              = 0,
@@ -277,8 +277,9 @@ palu_status palu_cuda_project(const palu_cuda_layer * layer, const palu_store_pa
 palu_status palu_cuda_store  (const palu_cuda_layer * layer, const palu_store_params * params, int32_t n_params, float * latent, int32_t beside, void * stream);
 
 // 1 where attention is fastest straight from the rows; 0 where the query tokens are so many that palu_cuda_rebuild() and
-// the runtime's own attention over its result are faster. Depends on the shapes alone.
-int32_t     palu_cuda_attn_on_rows     (const palu_cuda_layer * layer, int32_t n_head, int32_t n_token, int32_t n_stream, int32_t n_kv);
+// the runtime's own attention over its result are faster. n_seq: of how many sequences a stream's tokens are, at least 1: where
+// each sees its own cells, the others' cost nothing. Depends on these numbers alone.
+int32_t     palu_cuda_attn_on_rows     (const palu_cuda_layer * layer, int32_t n_head, int32_t n_token, int32_t n_stream, int32_t n_kv, int32_t n_seq);
 
 // Attention in two steps, always both: palu_attn_params.partial has palu_cuda_attn_partial_size() floats.
 size_t      palu_cuda_attn_partial_size(const palu_cuda_layer * layer, int32_t n_head, int32_t n_token, int32_t n_stream, int32_t n_kv);

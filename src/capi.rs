@@ -100,7 +100,7 @@ fn share(ith: i32, nth: i32) -> Result<(usize, usize)> {
 
 #[no_mangle]
 pub extern "C" fn palu_abi_version() -> i32 {
-    4
+    5
 }
 
 #[no_mangle]
@@ -623,8 +623,8 @@ pub unsafe extern "C" fn palu_recent(params: *const RecentParams, ith: i32, nth:
     })
 }
 
-fn sizes(shapes: [i32; 4]) -> Result<[usize; 4]> {
-    let mut sizes = [0; 4];
+fn sizes<const N: usize>(shapes: [i32; N]) -> Result<[usize; N]> {
+    let mut sizes = [0; N];
     for (size, shape) in sizes.iter_mut().zip(shapes) {
         *size = count(shape, "a shape")?;
     }
@@ -734,9 +734,9 @@ mod cuda {
     }
 
     #[no_mangle]
-    pub unsafe extern "C" fn palu_cuda_attn_on_rows(layer: *const Layer, n_head: i32, n_token: i32, n_stream: i32, n_kv: i32) -> i32 {
+    pub unsafe extern "C" fn palu_cuda_attn_on_rows(layer: *const Layer, n_head: i32, n_token: i32, n_stream: i32, n_kv: i32, n_seq: i32) -> i32 {
         let shapes = [n_head, n_token, n_stream, n_kv];
-        unsafe { of_layer(layer, 0, |l| Ok(i32::from(l.on_rows(sizes(shapes)?)?))) }
+        unsafe { of_layer(layer, 0, |l| Ok(i32::from(l.on_rows(sizes(shapes)?, sizes([n_seq])?[0])?))) }
     }
 
     #[no_mangle]

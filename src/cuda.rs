@@ -116,6 +116,8 @@ mod abi {
         pub n_stream: i32,
         pub n_kv: i32,
         pub n_chunk: i32,
+        pub n_context: i32,
+        pub context_tokens: i32,
         pub part: Part,
         pub rank_stride: i32,
         pub scale: f32,
@@ -261,7 +263,7 @@ mod abi {
             out: *mut f32,
         );
         pub fn palu_cuda_fast_pairs(turn: *const u64, n_pair: i32) -> i32;
-        pub fn palu_cuda_plan_on_rows(dev: *const DeviceInfo, p: *const Attn) -> i32;
+        pub fn palu_cuda_plan_on_rows(dev: *const DeviceInfo, p: *const Attn, n_seq: i32) -> i32;
         pub fn palu_cuda_partial_size(p: *const Attn) -> usize;
     }
 }
@@ -892,25 +894,18 @@ impl CudaLayer {
             n_stream: int(p.n_stream)?,
             n_slot: int(p.n_slot)?,
             n_recent: int(p.n_recent)?,
-            store: 0,
+            store: 1,
             beside: i32::from(beside),
             scale: p.scale,
             softcap: p.softcap,
             max_bias: p.max_bias,
         };
-        // a slot may be overwritten when the queries of all tokens are done
-        let steps = if p.out.is_null() || p.n_token == 1 { &[(p.out, 1)][..] } else { &[(p.out, 0), (std::ptr::null_mut(), 1)] };
-        for &(out, store) in steps {
-            (p.out, p.store) = (out, store);
-            let mut launch = Launch::NONE;
-            // SAFETY: plain data
-            let status = unsafe { palu_cuda_plan_recent(&p, &mut launch) };
-            ensure!(status == 0, "{} recent tokens with heads of {} and {} dimensions are too many, or these are odd", p.n_recent, p.head_dim[0], p.head_dim[1]);
-            // SAFETY: the caller's promise
-            unsafe { self.device.launch(&launch, &mut p, stream) }?;
-            p.beside = 0; // the second step waits for the first
-        }
-        Ok(())
+        let mut launch = Launch::NONE;
+        // SAFETY: plain data
+        let status = unsafe { palu_cuda_plan_recent(&p, &mut launch) };
+        ensure!(status == 0, "{} recent tokens with heads of {} and {} dimensions are too many, or these are odd", p.n_recent, p.head_dim[0], p.head_dim[1]);
+        // SAFETY: the caller's promise
+        unsafe { self.device.launch(&launch, &mut p, stream) }
     }
 
     fn attn_shape(&self, [n_head, n_token, n_stream, n_kv]: [usize; 4]) -> Result<abi::Attn> {
@@ -940,6 +935,8 @@ impl CudaLayer {
             n_stream: int(n_stream)?,
             n_kv: int(n_kv)?,
             n_chunk: 0,
+            n_context: 0,
+            context_tokens: 0,
             part: Part::default(),
             rank_stride: 0,
             scale: 0.0,
@@ -953,8 +950,8 @@ impl CudaLayer {
         })
     }
 
-    fn plan_attn(&self, mut p: abi::Attn) -> Result<(abi::Attn, Part, [Launch; 3])> {
-        let (mut rest, mut launches) = (Part::default(), [Launch::NONE; 3]);
+    fn plan_attn(&self, mut p: abi::Attn) -> Result<(abi::Attn, Part, [Launch; 4])> {
+        let (mut rest, mut launches) = (Part::default(), [Launch::NONE; 4]);
         // SAFETY: plain data
         let status = unsafe { palu_cuda_plan_attn(&self.device.info, &mut p, &mut rest, launches.as_mut_ptr()) };
         ensure!(
@@ -971,10 +968,10 @@ impl CudaLayer {
     }
 
     /// Whether attention reads the rows; see `palu_cuda_attn_on_rows`. Shapes: n_head, n_token, n_stream, n_kv.
-    pub fn on_rows(&self, shapes: [usize; 4]) -> Result<bool> {
+    pub fn on_rows(&self, shapes: [usize; 4], n_seq: usize) -> Result<bool> {
         let p = self.attn_shape(shapes)?;
         // SAFETY: plain data
-        Ok(unsafe { palu_cuda_plan_on_rows(&self.device.info, &p) } != 0)
+        Ok(unsafe { palu_cuda_plan_on_rows(&self.device.info, &p, int(n_seq)?) } != 0)
     }
 
     /// Floats of [`AttnParams::partial`] on this device. Shapes: n_head, n_token, n_stream, n_kv.
@@ -1026,12 +1023,13 @@ impl CudaLayer {
             ..self.attn_shape([p.n_head, p.n_token, p.n_stream, p.n_kv])?
         };
         let (mut p, rest, launches) = self.plan_attn(shape)?;
-        let [decode, decode_rest, combine] = &launches;
+        let [tiles, decode, decode_rest, combine] = &launches;
         // SAFETY: the caller's promise
         unsafe {
             if let AttnStep::Combine = step {
                 return self.device.launch(combine, &mut p, stream);
             }
+            self.device.launch(tiles, &mut p, stream)?;
             self.device.launch(decode, &mut p, stream)?;
             p.part = rest;
             self.device.launch(decode_rest, &mut p, stream)
@@ -1092,7 +1090,7 @@ mod tests {
     }
 
     /// Attention of 32 query heads over 8 KV heads of 128 dimensions on an H200: the kernel, its chunks and its shared memory.
-    fn planned(rank_k: i32, first_bits: u32, n_stream: i32, n_cluster: i32) -> (String, Attn, Part, [Launch; 3]) {
+    fn planned(rank_k: i32, first_bits: u32, [n_token, n_stream]: [i32; 2], n_cluster: i32) -> (String, Attn, Part, [Launch; 4]) {
         let group = |rank: i32| Group {
             rank,
             rank_pad: (rank + 31) / 32 * 32,
@@ -1124,38 +1122,69 @@ mod tests {
         p.v.slice_span = unsafe { palu_cuda_slice_span(&p.v, &v, segs.as_ptr()) };
         // 20 segments, and the 2 bytes before them, as rows are read in words
         assert_eq!(p.v.slice_span, 20 * first_bits as i32 + 2);
-        (p.n_head, p.n_token, p.n_stream, p.n_kv, p.trig_scale) = (32, 1, n_stream, 65536, 1.0);
+        (p.n_head, p.n_token, p.n_stream, p.n_kv, p.trig_scale) = (32, n_token, n_stream, 65536, 1.0);
         p.part.beside = 1; // allowed, but only clusters do so
         let dev = DeviceInfo { arch: 90, n_sm: 132, smem_optin: 232_448, n_cluster };
-        let (mut rest, mut launches) = (Part::default(), [Launch::NONE; 3]);
+        let (mut rest, mut launches) = (Part::default(), [Launch::NONE; 4]);
         // SAFETY: plain data; no pointer of p is read
         assert_eq!(unsafe { palu_cuda_plan_attn(&dev, &mut p, &mut rest, launches.as_mut_ptr()) }, 0);
         // SAFETY: plan.c names kernels by literals
-        let kernel = unsafe { CStr::from_ptr(launches[0].kernel) }.to_string_lossy().into_owned();
+        let kernel = unsafe { CStr::from_ptr(launches[1].kernel) }.to_string_lossy().into_owned();
         (kernel, p, rest, launches)
     }
 
     #[test]
-    fn clusters_attend_where_they_fit_and_fill_the_device() {
-        for (rank, bits, n_stream, products) in
-            [(480, 7, 1, 15), (448, 8, 1, 14), (480, 7, 2, 15), (480, 7, 30, 15), (392, 8, 1, 13), (328, 8, 1, 12), (64, 8, 1, 10)]
-        {
-            let (kernel, p, _, [decode, ..]) = planned(rank, bits, n_stream, 30);
+    fn clusters_attend_where_they_fit() {
+        for (rank, bits, products) in [(480, 7, 15), (448, 8, 14), (392, 8, 13), (328, 8, 12), (64, 8, 10)] {
+            let (kernel, p, _, [tiles, decode, ..]) = planned(rank, bits, [1, 1], 30);
             assert_eq!((kernel.as_str(), p.part.beside), (format!("palu_decode_sm90_cluster_{products}").as_str(), 1));
-            assert!(decode.grid[0] as i32 * n_stream <= 30 && decode.smem <= 232_448, "{decode:?}");
+            assert!(tiles.kernel.is_null() && decode.grid[0] <= 30 && decode.smem <= 232_448, "{decode:?}");
         }
-        // too many channels or bits, too few clusters at work, none at all
-        for (rank, bits, n_stream, n_cluster) in
-            [(512, 7, 1, 30), (480, 8, 1, 30), (480, 7, 8, 30), (480, 7, 40, 30), (480, 7, 1, 0)]
+        // too many channels or bits, no clusters
+        for (rank, bits, shape, n_cluster) in
+            [(512, 7, [1, 1], 30), (480, 8, [1, 1], 30), (512, 7, [1, 8], 30), (480, 7, [1, 33], 30), (480, 7, [1, 1], 0)]
         {
-            let (kernel, p, ..) = planned(rank, bits, n_stream, n_cluster);
-            assert_eq!((kernel.as_str(), p.part.beside), ("palu_decode_sm90_wide_16", 0));
+            let (kernel, p, ..) = planned(rank, bits, shape, n_cluster);
+            assert_eq!((kernel.as_str(), p.part.beside, p.n_context), ("palu_decode_sm90_wide_16", 0, 0));
+        }
+    }
+
+    #[test]
+    fn clusters_share_streams_and_tokens() {
+        // with 32 query heads over 8 KV heads, a cluster takes one token at a time
+        for (shape, contexts) in [([1, 2], 2), ([1, 32], 32), ([3, 1], 3), ([4, 8], 32)] {
+            let (kernel, p, _, [tiles, decode, rest, combine]) = planned(480, 7, shape, 30);
+            assert_eq!(kernel, "palu_decode_sm90_cluster_many_15");
+            assert_eq!((p.n_context, p.context_tokens, p.n_chunk, p.part.beside), (contexts, 1, 30, 1));
+            assert_eq!((tiles.grid, decode.grid), ([contexts as u32, 1, 1], [30, 4, 1]));
+            assert!(rest.kernel.is_null() && decode.smem <= 232_448 && combine.smem <= 232_448);
+            // lists of tiles, then a chunk more than clusters for every context
+            let lists = 32 + contexts as usize * 1024;
+            let row = 32 * (4 + 624);
+            // SAFETY: a planned attention
+            assert_eq!(unsafe { palu_cuda_partial_size(&p) }, lists + (30 + contexts as usize) * row);
+        }
+        // more contexts than are shared
+        assert_eq!(planned(480, 7, [5, 8], 30).1.n_context, 0);
+    }
+
+    #[test]
+    fn many_tokens_are_read_from_rows_where_each_sees_its_own() {
+        let on_rows = |shape, n_seq| {
+            let dev = DeviceInfo { arch: 90, n_sm: 132, smem_optin: 232_448, n_cluster: 30 };
+            // SAFETY: plain data; no pointer is read
+            unsafe { palu_cuda_plan_on_rows(&dev, &planned(480, 7, shape, 30).1, n_seq) }
+        };
+        for (shape, n_seq, want) in
+            [([3, 1], 1, 1), ([4, 1], 1, 1), ([5, 1], 1, 0), ([5, 1], 2, 1), ([32, 1], 32, 1), ([32, 1], 6, 0), ([33, 1], 33, 0), ([512, 1], 1, 0)]
+        {
+            assert_eq!(on_rows(shape, n_seq), want, "{shape:?} {n_seq}");
         }
     }
 
     #[test]
     fn multiprocessors_without_a_cluster_take_the_rest() {
-        let (_, p, rest, [decode, beside, combine]) = planned(480, 7, 1, 30);
+        let (_, p, rest, [_, decode, beside, combine]) = planned(480, 7, [1, 1], 30);
         assert!(!beside.kernel.is_null());
         // every tile once, every chunk once
         assert_eq!((p.part.first_tile, p.part.end_tile, rest.end_tile), (0, rest.first_tile, 1024));
@@ -1168,10 +1197,8 @@ mod tests {
         // on what clusters leave, less two
         assert!(4 * decode.grid[0] + beside.grid[0] <= 130 && beside.grid[1] == 1 && (p.part.beside, rest.beside) == (1, 1));
         assert!(combine.smem <= 232_448);
-        // nothing is left, or the context is short for it
-        for (n_stream, n_cluster) in [(1, 33), (2, 30), (30, 30)] {
-            assert!(planned(480, 7, n_stream, n_cluster).3[1].kernel.is_null());
-        }
+        // nothing is left
+        assert!(planned(480, 7, [1, 1], 33).3[2].kernel.is_null());
     }
 
     #[test]

@@ -78,6 +78,8 @@ struct Case {
     n_stream: usize,
     n_kv: usize,
     mask_f16: bool,
+    /// every token has its own cells
+    own: bool,
     far: bool,
     sinks: bool,
     softcap: f32,
@@ -111,6 +113,7 @@ impl Default for Case {
             n_stream: 1,
             n_kv: 500,
             mask_f16: true,
+            own: false,
             far: false,
             sinks: false,
             softcap: 0.0,
@@ -154,6 +157,11 @@ fn cases() -> Vec<Case> {
         Case { n_token: 3, n_stream: 2, n_kv: 317, ..Case::default() },
         // rows of the second stream begin anywhere
         Case { n_stream: 2, n_kv: 317, ..Case::default() },
+        // contexts that clusters share: streams, tokens, both, two tokens at a time
+        Case { n_stream: 8, n_kv: 512, sinks: true, ..Case::default() },
+        Case { n_token: 5, n_kv: 1500, own: true, far: true, ..Case::default() },
+        Case { n_token: 4, n_stream: 3, n_kv: 320, own: true, mask_f16: false, ..Case::default() },
+        Case { n_head: 16, n_token: 2, n_stream: 3, n_kv: 640, ..Case::default() },
         Case { n_token: 17, mask_f16: false, sinks: true, ..Case::default() },
         mha.clone(),
         Case { n_stream: 3, n_kv: 300, sinks: true, softcap: 20.0, ..mha.clone() },
@@ -388,7 +396,7 @@ fn attention_is_that_of_the_cpu() {
         for (at, m) in mask.iter_mut().enumerate() {
             let (c, t) = (at % case.n_kv, at / case.n_kv % case.n_token);
             let future = c + case.n_token > case.n_kv + t;
-            let hidden = future || (200..290).contains(&c) || s.random.below(10) == 0 || (case.n_token == 5 && t == 2);
+            let hidden = future || (200..290).contains(&c) || s.random.below(10) == 0 || (case.n_token == 5 && t == 2) || (case.own && c / 97 % case.n_token != t);
             *m = if hidden {
                 f32::NEG_INFINITY
             } else if case.max_bias > 0.0 {
