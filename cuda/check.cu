@@ -16,7 +16,7 @@
 
 #define PALU_MMA_KERNELS(X) X(palu_decode_mma_64_8) X(palu_decode_mma_64_16) X(palu_decode_mma_64_32) \
     X(palu_decode_mma_32_8) X(palu_decode_mma_32_16) X(palu_decode_mma_32_32)
-#define PALU_STORE_KERNELS(X) X(palu_project) X(palu_project_mma) X(palu_quantize_8) X(palu_quantize_4) X(palu_quantize_1)
+#define PALU_STORE_KERNELS(X) X(palu_project) X(palu_project_mma) X(palu_store_few) X(palu_quantize_8) X(palu_quantize_4) X(palu_quantize_1)
 #define PALU_REBUILD_KERNELS(X) X(palu_rebuild_keys_128) X(palu_rebuild_keys_64) X(palu_rebuild_keys_32) \
     X(palu_rebuild_values_128) X(palu_rebuild_values_64) X(palu_rebuild_values_32) \
     X(palu_rebuild_sm90_keys_128) X(palu_rebuild_sm90_keys_64) X(palu_rebuild_sm90_values_128) X(palu_rebuild_sm90_values_64)

@@ -19,7 +19,7 @@ struct StepLayer {
     palu_cuda_store store;
     palu_cuda_recent recent;
     Plan plan;
-    palu_cuda_launch stores[2], recents[1];
+    palu_cuda_launch stores[2], few[2], recents[1];
 };
 
 static void bench_step(Case c, const std::vector<int> & sizes) {
@@ -67,6 +67,9 @@ static void bench_step(Case c, const std::vector<int> & sizes) {
             l.store.n_side = 2;
             l.store.n_token = 1;
             palu_cuda_plan_store(&device, &l.store, l.stores);
+            l.store.done = upload(std::vector<uint32_t>(2*c.n_head_kv));
+            l.store.beside = 1;
+            palu_cuda_plan_store(&device, &l.store, l.few);
             std::vector<int32_t> idxs;
             for (int i = 0; i < n_recent; i++) {
                 idxs.push_back(i ? i : n_recent);
@@ -92,19 +95,20 @@ static void bench_step(Case c, const std::vector<int> & sizes) {
             p.out = (float *) room((size_t) c.n_head*c.hd_v*4);
             layers.push_back(l);
         }
-        // what: filler, project, quantize before, attend, recent, quantize beside, combine
+        // what: filler, project, quantize before, attend, recent, quantize beside or both beside, combine
         auto time_of = [&](const char * what) {
             auto launch_all = [&](cudaStream_t on) {
                 for (int il = 0; il < n_layer; il++) {
                     StepLayer & l = layers[il];
                     for (const char * w = what; *w; w++) {
-                        l.store.beside = *w == 'q';
-                        l.recent.beside = strchr(what, 'q') != nullptr;
+                        l.store.beside = *w == 'q' || *w == 'S';
+                        l.recent.beside = strchr(what, 'q') || strchr(what, 'S');
                         l.attn.part.beside = l.recent.beside && strstr(l.plan.decode.kernel, "cluster");
                         switch (*w) {
                             case 'f': read_all<<<132*4, 512, 0, on>>>(filler + weights/16*(il%3), weights/16, sink); break;
                             case 'P': launch(l.stores[0], l.store, on); break;
                             case 'Q': case 'q': launch(l.stores[1], l.store, on); break;
+                            case 'S': launch(l.few[1], l.store, on); break;
                             case 'C': launch_decode(l.plan, l.attn, on); break;
                             case 'R': launch(l.recents[0], l.recent, on); break;
                             case 'D': launch(l.plan.combine, l.attn, on); break;
@@ -118,10 +122,10 @@ static void bench_step(Case c, const std::vector<int> & sizes) {
         };
         const double rest = time_of("f");
         printf("%s, %d cells, %s, per layer; without the %.1f us of what runs between:\n", c.name, n_kv, layers[0].plan.decode.kernel, rest);
-        for (const char * what : { "fPCRqD", "fPQRCD", "fPCD", "fCD", "fC", "fD", "fP", "fPQ", "fR", "fCRD", "fPCqD" }) {
+        for (const char * what : { "fCRSD", "fCSRD", "fPCRqD", "fPQRCD", "fPCD", "fCD", "fC", "fD", "fP", "fPQ", "fS", "fR", "fCRD" }) {
             printf("  %-8s%6.1f us\n", what + 1, time_of(what) - rest);
         }
-        printf("  nothing between: PCRqD %.1f us, PQRCD %.1f us, CD %.1f us\n", time_of("PCRqD"), time_of("PQRCD"), time_of("CD"));
+        printf("  nothing between: CRSD %.1f us, PCRqD %.1f us, PQRCD %.1f us, CD %.1f us\n", time_of("CRSD"), time_of("PCRqD"), time_of("PQRCD"), time_of("CD"));
         fflush(stdout);
         free_all();
     }

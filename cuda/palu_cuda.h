@@ -140,12 +140,13 @@ typedef struct palu_cuda_stored {
     float         * latent;   // scratch [n_token][rank_sum], 16-byte aligned
 } palu_cuda_stored;
 
-// Two kernels: project, then quantize. Keys and values of the same tokens may share the launches.
+// Two kernels: project, then quantize; or one for both. Keys and values of the same tokens may share the launches.
 typedef struct palu_cuda_store {
     palu_cuda_stored of[2];
+    uint32_t * done;          // zeros [n_group of both sides] for one stream alone, or NULL; the same afterwards
     int32_t n_side;           // of which so many are there
     int32_t n_token;
-    int32_t beside;           // 1: quantizing runs beside the kernels in front of it (common.cuh)
+    int32_t beside;           // 1: quantizing, and with few tokens and `done` projecting, too, runs beside the kernels in front of it (common.cuh)
 } palu_cuda_store;
 
 // Rows back to f16, as an f16 cache would hold them: keys rotated by the cells' positions. For prompt processing, where
@@ -219,6 +220,8 @@ typedef struct palu_cuda_prepend {
 //   palu_quantize_{8,4}(palu_cuda_store) so many warps per token and group; grid (n_token, n_group), 32 threads per warp,
 //                                        dynamic shared memory palu_cuda_quantize_smem(rank_max)
 //   palu_quantize_1   (palu_cuda_store)  grid (ceil(n_token/4), n_group), 128 threads, dynamic shared memory 4*palu_cuda_quantize_smem(rank_max)
+//   palu_store_few    (palu_cuda_store)  instead of both, at most PALU_CUDA_PROJECT_TOKENS tokens, beside; grid (ceil(rank_max/8), n_group), 256 threads,
+//                                        dynamic shared memory palu_cuda_quantize_smem(rank_max)
 //   palu_decode  (palu_cuda_attn)   any shape; grid (n_chunk, n_head_kv*ceil(n_col/8), n_stream), n_col = n_token*n_head/n_head_kv; here and
 //                                   below n_chunk is that of the launch's part; 128 threads, dynamic shared memory palu_cuda_decode_smem()
 //   palu_decode_sm90_*(palu_cuda_attn) few query rows on sm_90a; grid (n_chunk, n_head_kv/heads_per_cta, n_stream),
@@ -266,6 +269,7 @@ typedef struct palu_cuda_launch {
 // Each fills in the fields of *p that the kernels share with the plan, and the launches in order. palu_cuda_plan_attn() takes
 // p->part.beside as what the caller allows, and leaves it where the kernel does so. The device pointers of *p
 // are not read; groups: the host's copies of p->k.groups and so on. Returns 0, or -1 if no kernel can do it.
+// Storing: project, quantize; where one kernel does both, only the second is to be launched.
 int palu_cuda_plan_store  (const palu_cuda_device * dev, const palu_cuda_store * p, palu_cuda_launch out[2]);
 int palu_cuda_plan_rebuild(const palu_cuda_device * dev, palu_cuda_rebuild * p, const palu_cuda_group * groups, palu_cuda_launch out[1]);
 // Attention: palu_tiles if clusters share contexts, one decode kernel or two, the second with p->part = *rest, and the combine; what has no

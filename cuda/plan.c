@@ -41,12 +41,16 @@ int palu_cuda_plan_store(const palu_cuda_device * dev, const palu_cuda_store * p
         rank_max = palu_cuda_max32(rank_max, s->rank_max);
         n_group += s->n_group;
     }
+    const size_t smem = palu_cuda_quantize_smem(rank_max);
+    if (p->beside && p->done && p->n_token <= PALU_CUDA_PROJECT_TOKENS) {
+        memset(&out[0], 0, sizeof(out[0]));
+        return set_launch(dev, &out[1], "palu_store_few", palu_cuda_max32(1, ceil_div(rank_max, 8)), p->n_token ? n_group : 0, 1, 256, smem);
+    }
     if (mma ? set_launch(dev, &out[0], "palu_project_mma", ceil_div(rank_max, 64), n_group, ceil_div(p->n_token, 16), 256, PALU_CUDA_PROJECT_SMEM)
             : set_launch(dev, &out[0], "palu_project", ceil_div(rank_max, 8), n_group, ceil_div(p->n_token, PALU_CUDA_PROJECT_TOKENS), 256, 0)) {
         return -1;
     }
     // many warps per token and group take less time, few do less
-    const size_t smem = palu_cuda_quantize_smem(rank_max);
     const int64_t n = (int64_t) p->n_token*n_group;
     if (n > (int64_t) dev->n_sm*8 && 4*smem <= (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT)) {
         return set_launch(dev, &out[1], "palu_quantize_1", ceil_div(p->n_token, 4), n_group, 1, 128, 4*smem);

@@ -36,26 +36,23 @@ static __device__ __forceinline__ float4 store_minus(const float4 & a, const flo
     return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w);
 }
 
-extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_constant__ palu_cuda_store all) {
+// A warp's channel of a block's eight, PALU_CUDA_PROJECT_TOKENS tokens from t0 on. ready(): the tokens may be read
+template <typename Ready>
+static __device__ __forceinline__ void project(const palu_cuda_stored & p, const palu_cuda_group & group, int gi, int t0, int n_token, Ready ready) {
     constexpr int T = PALU_CUDA_PROJECT_TOKENS;
     const int lane = threadIdx.x & 31;
-    int gi = blockIdx.y;
-    const palu_cuda_stored & p = stored_side(all, gi);
-    const palu_cuda_group group = side_group(p.side, gi);
     const int c = blockIdx.x*8 + (threadIdx.x >> 5);
     if (c >= group.rank) {
         return;
     }
     const int hd = p.side.head_dim;
     const int d = p.side.group_size*hd;
-    const int t0 = blockIdx.z*T;
-    const int n_t = min(T, all.n_token - t0);
+    const int n_t = min(T, n_token - t0);
     const __half * enc = (const __half *) p.side.enc + group.enc0 + (int64_t) c*d;
     for (int j = lane*64; j < d; j += 32*64) {
         asm volatile("prefetch.global.L2 [%0];" :: "l"(enc + j));
     }
-    grid_wait();
-    grid_next();
+    ready();
     const float * mean = p.side.mean + (int64_t) gi*d;
     const char * x = (const char *) p.x + (int64_t) gi*p.side.group_size*p.x_nb_head + t0*p.x_nb_token;
     float sum[T] = {};
@@ -94,6 +91,15 @@ extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_cons
             p.latent[(int64_t)(t0 + t)*p.side.rank_sum + group.step0 + c] = s;
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256) palu_project(const __grid_constant__ palu_cuda_store all) {
+    int gi = blockIdx.y;
+    const palu_cuda_stored & p = stored_side(all, gi);
+    project(p, side_group(p.side, gi), gi, blockIdx.z*PALU_CUDA_PROJECT_TOKENS, all.n_token, [] {
+        grid_wait();
+        grid_next();
+    });
 }
 
 //
@@ -257,12 +263,21 @@ extern "C" __global__ void __launch_bounds__(256) palu_project_mma(const __grid_
 // Quantization: a block, or a warp, per token and group
 //
 
+// A layer's tables come from memory for every token: before anything waits.
+static __device__ __forceinline__ void prefetch_tables(const palu_cuda_side & side, const palu_cuda_group & group, int tid, int n_thread) {
+    for (int c = tid*32; c < group.rank; c += n_thread*32) {
+        asm volatile("prefetch.global.L2 [%0];" :: "l"(side.step + group.step0 + c));
+        if (c%256 == 0) {
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(side.segs + group.seg0 + c/8));
+        }
+    }
+}
+
 // The scales to try form a sequence that does not depend on what came of them, until the search stops: so the warps of a
 // block try as many at a time, and eight of them all that the refinement may come to. That is the shorter way; a warp alone
 // does less in total.
 template <int WARPS>
 static __device__ __forceinline__ void quantize(const palu_cuda_store & all_p, uint8_t * smem, int token, int gi) {
-    grid_next();
     const palu_cuda_stored & p = stored_side(all_p, gi);
     constexpr int THREADS = 32*WARPS;
     const int tid = threadIdx.x%THREADS;
@@ -277,13 +292,7 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & all_p, u
     const uint32_t * segs = p.side.segs + group.seg0;
     const float * step = p.side.step + group.step0;
     const float * z = p.latent + (int64_t) token*p.side.rank_sum + group.step0;
-    // a layer's tables come from memory for every token: before the kernel waits
-    for (int c = tid*32; c < rank; c += THREADS*32) {
-        asm volatile("prefetch.global.L2 [%0];" :: "l"(step + c));
-        if (c%256 == 0) {
-            asm volatile("prefetch.global.L2 [%0];" :: "l"(segs + c/8));
-        }
-    }
+    prefetch_tables(p.side, group, tid, THREADS);
     if (!all_p.beside) {
         grid_wait();
     }
@@ -320,7 +329,7 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & all_p, u
     for (int c = tid*4; c < rank; c += THREADS*4) {
         const float h = ((1 << (segs[c/8] >> 24)) - 1)*0.5f;
         const float4 s = *(const float4 *)(step + c);
-        float4 v = *(const float4 *)(z + c);
+        float4 v = __ldcg((const float4 *)(z + c)); // other blocks of this kernel may have written it
         v.x *= s.x > 0.0f ? 1.0f/s.x : 0.0f;
         v.y *= s.y > 0.0f ? 1.0f/s.y : 0.0f;
         v.z *= s.z > 0.0f ? 1.0f/s.z : 0.0f;
@@ -519,7 +528,11 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & all_p, u
             row[i] = 0;
         }
     }
-    if (all_p.beside && token == 0 && blockIdx.y == 0) {
+}
+
+// One block waits for what a kernel runs beside.
+static __device__ __forceinline__ void store_end(const palu_cuda_store & p, bool waits) {
+    if (p.beside && waits) {
         grid_wait();
     }
 }
@@ -527,7 +540,9 @@ static __device__ __forceinline__ void quantize(const palu_cuda_store & all_p, u
 #define PALU_QUANTIZE(WARPS) \
     extern "C" __global__ void __launch_bounds__(32*WARPS) palu_quantize_##WARPS(const __grid_constant__ palu_cuda_store p) { \
         extern __shared__ __align__(16) uint8_t smem_quantize[]; \
+        grid_next(); \
         quantize<WARPS>(p, smem_quantize, blockIdx.x, blockIdx.y); \
+        store_end(p, blockIdx.x == 0 && blockIdx.y == 0); \
     }
 PALU_QUANTIZE(8)
 PALU_QUANTIZE(4)
@@ -537,8 +552,45 @@ extern "C" __global__ void __launch_bounds__(128) palu_quantize_1(const __grid_c
     extern __shared__ __align__(16) uint8_t smem_quantize[];
     const int warp = threadIdx.x >> 5;
     const int token = blockIdx.x*4 + warp;
+    grid_next();
     if (token < p.n_token) {
         const int32_t rank_max = max(p.of[0].side.rank_max, p.of[1].side.rank_max); // 0 where there is one side
         quantize<1>(p, smem_quantize + warp*palu_cuda_quantize_smem(rank_max), token, blockIdx.y);
     }
+    store_end(p, blockIdx.x == 0 && blockIdx.y == 0);
+}
+
+//
+// Both, for few tokens: a block per eight channels, and the last one of a group quantizes
+//
+
+extern "C" __global__ void __launch_bounds__(256) palu_store_few(const __grid_constant__ palu_cuda_store all) {
+    extern __shared__ __align__(16) uint8_t smem_quantize[];
+    __shared__ bool last;
+    grid_next();
+    int gi = blockIdx.y;
+    const palu_cuda_stored & p = stored_side(all, gi);
+    const palu_cuda_group group = side_group(p.side, gi);
+    const int n_block = max(1, (group.rank + 7)/8);
+    if (blockIdx.x == 0) {
+        prefetch_tables(p.side, group, threadIdx.x, 256);
+    }
+    if (blockIdx.x < n_block) {
+        project(p, group, gi, 0, all.n_token, [] {});
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            last = atomicAdd(all.done + blockIdx.y, 1) == n_block - 1;
+            if (last) {
+                all.done[blockIdx.y] = 0; // as it was
+                __threadfence();
+            }
+        }
+        __syncthreads();
+        for (int token = 0; last && token < all.n_token; token++) {
+            quantize<8>(all, smem_quantize, token, blockIdx.y);
+            __syncthreads();
+        }
+    }
+    store_end(all, blockIdx.x == 0 && blockIdx.y == 0);
 }

@@ -267,13 +267,14 @@ const char * palu_cuda_description(const palu_cuda_layer * layer);
 // keys, or values, or both of the same tokens (n_params = 2), which is faster; latent has palu_cuda_store_latent_size() floats for
 // each of them. Rows are those of palu_store() but for rounding. The indices cannot be checked here: the caller vouches for them.
 //
-// beside = 1 hides both steps, and palu_cuda_recent(), behind attention. The order on the stream is palu_cuda_project(),
-// palu_cuda_attn(), palu_cuda_recent(), palu_cuda_store(), palu_cuda_attn_combine() with nothing else between the last four, and
-// beside is the same for all that take it; between the first two is nothing that writes rows of this layer. The caller vouches that
-// the mask hides the rows that are stored from all queries of this attention, as it does for the last tokens of palu_recent(), and
-// that nothing that one of the last four reads or writes shares memory with what another writes, but for these rows.
+// beside is 0, or the n_kv of the attention that hides both steps, and palu_cuda_recent(); these two only ask whether it is 0. The order
+// on the stream is palu_cuda_project(), palu_cuda_attn(), palu_cuda_recent(), palu_cuda_store(), palu_cuda_attn_combine() with nothing
+// else between the last four, and beside is not 0 for all of them that take it; between the first two is nothing that writes rows of
+// this layer. Few tokens may then be projected by palu_cuda_store(): they must be there until it is done. The caller vouches that the
+// mask hides the rows that are stored from all queries of this attention, as it does for the last tokens of palu_recent(), and that
+// nothing that one of the last four reads or writes shares memory with what another writes, but for these rows.
 size_t      palu_cuda_store_latent_size(const palu_cuda_layer * layer, int32_t side, int32_t n_token);
-palu_status palu_cuda_project(const palu_cuda_layer * layer, const palu_store_params * params, int32_t n_params, float * latent, void * stream);
+palu_status palu_cuda_project(const palu_cuda_layer * layer, const palu_store_params * params, int32_t n_params, float * latent, int32_t beside, void * stream);
 palu_status palu_cuda_store  (const palu_cuda_layer * layer, const palu_store_params * params, int32_t n_params, float * latent, int32_t beside, void * stream);
 
 // 1 where attention is fastest straight from the rows; 0 where the query tokens are so many that palu_cuda_rebuild() and

@@ -707,6 +707,10 @@ mod cuda {
         unsafe { of_layer(layer, 0, |l| Ok(l.latent_size(side(which)?, count(n_token, "n_token")?))) }
     }
 
+    fn cells_beside(n_kv: i32) -> Option<usize> {
+        usize::try_from(n_kv).ok().filter(|&n| n != 0)
+    }
+
     unsafe fn store_step(layer: *const Layer, params: *const StoreParams, n_params: i32, latent: *mut f32, step: StoreStep, stream: *mut c_void) -> Status {
         guard(Status::Argument, || {
             let layer = unsafe { &reference(layer, "layer")?.layer };
@@ -724,13 +728,13 @@ mod cuda {
     }
 
     #[no_mangle]
-    pub unsafe extern "C" fn palu_cuda_project(layer: *const Layer, params: *const StoreParams, n_params: i32, latent: *mut f32, stream: *mut c_void) -> Status {
-        unsafe { store_step(layer, params, n_params, latent, StoreStep::Project, stream) }
+    pub unsafe extern "C" fn palu_cuda_project(layer: *const Layer, params: *const StoreParams, n_params: i32, latent: *mut f32, beside: i32, stream: *mut c_void) -> Status {
+        unsafe { store_step(layer, params, n_params, latent, StoreStep::Project { beside: cells_beside(beside) }, stream) }
     }
 
     #[no_mangle]
     pub unsafe extern "C" fn palu_cuda_store(layer: *const Layer, params: *const StoreParams, n_params: i32, latent: *mut f32, beside: i32, stream: *mut c_void) -> Status {
-        unsafe { store_step(layer, params, n_params, latent, StoreStep::Quantize { beside: beside != 0 }, stream) }
+        unsafe { store_step(layer, params, n_params, latent, StoreStep::Quantize { beside: cells_beside(beside) }, stream) }
     }
 
     #[no_mangle]

@@ -8,7 +8,7 @@ use crate::attention::{AttnParams, RebuildParams};
 use crate::recent::RecentParams;
 use crate::codec::{planes, Decoder, StoreParams};
 use crate::layout::SEGMENT;
-use crate::projection::{Layer, Side, SideProj};
+use crate::projection::{Layer, Side, SideProj, SIDES};
 use crate::rope::RopeParams;
 use abi::*;
 use anyhow::{anyhow, bail, ensure, Context, Result};
@@ -146,6 +146,7 @@ mod abi {
     #[derive(Clone, Copy, Debug)]
     pub struct Store {
         pub of: [Stored; 2],
+        pub done: *mut u32,
         pub n_side: i32,
         pub n_token: i32,
         pub beside: i32,
@@ -659,29 +660,42 @@ pub struct CudaLayer {
     groups: [Vec<abi::Group>; 2],
     rope: abi::Rope,
     trig_scale: f32,
+    /// zeros: how many of a group's channels a kernel has done, for each of [`STREAMS`] streams
+    done: *mut u32,
+    /// the streams that have their own
+    streams: Mutex<Vec<usize>>,
+    /// attention by clusters, which leave multiprocessors to what runs beside
+    has_clusters: bool,
     _memory: Memory,
 }
 
-// SAFETY: the pointers point to device memory that nobody writes
+/// Streams on which few tokens are stored by one kernel; on more, by two.
+const STREAMS: usize = 64;
+
+/// Cells from which on attention takes longer than storing a token beside it does.
+const LONG_CONTEXT: usize = 4096;
+
+// SAFETY: the pointers point to device memory that nobody writes, but for `done`, of which every stream has its part
 unsafe impl Send for CudaLayer {}
 // SAFETY: as above
 unsafe impl Sync for CudaLayer {}
 
-/// The two launches of storing tokens.
+/// The two steps of storing tokens. `beside`, in both or in none, the cells of each stream that attention reads: the second one runs beside the
+/// kernels in front of it in the stream, which are that attention, to rows that the caller knows not to be those that are written here,
+/// and [`CudaLayer::recent`]; in front of these is the first one. Over a long context, few tokens are stored by the second one alone.
 #[derive(Clone, Copy, Debug)]
 pub enum StoreStep {
     /// To latents.
-    Project,
-    /// Latents to rows. `beside`: beside the kernels in front of it in the stream, which are attention to rows that the caller knows
-    /// not to read those that are written here, and [`CudaLayer::recent`]; in front of these the latents were made.
-    Quantize { beside: bool },
+    Project { beside: Option<usize> },
+    /// Latents to rows.
+    Quantize { beside: Option<usize> },
 }
 
 /// The two steps of attention.
 #[derive(Clone, Copy, Debug)]
 pub enum AttnStep {
-    /// Partial results of the context's chunks. `beside`: no kernel in front of it in the stream writes a row that it reads and may still be
-    /// at work when projecting, as in [`StoreStep::Project`], has begun; so rows are read before that is done.
+    /// Partial results of the context's chunks. `beside`: projecting, as in [`StoreStep::Project`], is in front of it, and no kernel in front of
+    /// that in the stream writes a row that it reads and may still be at work when projecting has begun; so rows are read before that is done.
     Chunks { beside: bool },
     /// Their sum, decoded.
     Combine,
@@ -704,9 +718,10 @@ impl CudaLayer {
         let (k, groups_k, trig_scale) = side_tables(&mut tables, k, &pairs, &pair_dim);
         let (v, groups_v, _) = side_tables(&mut tables, v, &[], &[]);
         let rope = rope_tables(&mut tables, &pair_dim, rope);
+        let done = tables.add(&vec![0u32; STREAMS * (groups_k.len() + groups_v.len())]);
         let memory = tables.upload(&device)?;
         let base = memory.at;
-        let layer = Self {
+        let mut layer = Self {
             sides: [k.moved(base), v.moved(base)],
             groups: [groups_k, groups_v],
             rope: abi::Rope {
@@ -716,6 +731,9 @@ impl CudaLayer {
                 n_fast: rope.n_fast,
             },
             trig_scale,
+            done: moved(done, base).cast_mut(),
+            streams: Mutex::default(),
+            has_clusters: false,
             device,
             _memory: memory,
         };
@@ -727,7 +745,9 @@ impl CudaLayer {
                 &RebuildParams::of_rows(std::ptr::null(), 0, std::ptr::null(), std::ptr::null_mut(), 1, 256),
             )?;
         }
-        layer.plan_attn(layer.attn_shape([layer.n_head_kv(), 1, 1, 256])?)?;
+        let mut shape = layer.attn_shape([layer.n_head_kv(), 1, 1, 256])?;
+        shape.part.beside = 1; // what only clusters do
+        layer.has_clusters = layer.plan_attn(shape)?.0.part.beside != 0;
         Ok(layer)
     }
 
@@ -752,7 +772,24 @@ impl CudaLayer {
             // kernels and plan take the larger of two ranks
             _ => of[1].side.rank_max = 0,
         }
-        Ok(abi::Store { of, n_side: int(sides.len())?, n_token: int(n_token)?, beside: 0 })
+        Ok(abi::Store { of, done: std::ptr::null_mut(), n_side: int(sides.len())?, n_token: int(n_token)?, beside: 0 })
+    }
+
+    /// The stream's part of `done`, or null if storing is to take two kernels beside attention to so many cells.
+    fn done(&self, n_kv: usize, stream: *mut c_void) -> *mut u32 {
+        if !self.has_clusters || n_kv < LONG_CONTEXT {
+            return std::ptr::null_mut();
+        }
+        let mut streams = self.streams.lock().unwrap_or_else(|e| e.into_inner());
+        let at = streams.iter().position(|&s| s == stream as usize).unwrap_or_else(|| {
+            streams.push(stream as usize);
+            streams.len() - 1
+        });
+        if at < STREAMS {
+            return self.done.wrapping_add(at * (self.groups[0].len() + self.groups[1].len()));
+        }
+        streams.truncate(STREAMS);
+        std::ptr::null_mut()
     }
 
     fn plan_store(&self, p: &abi::Store) -> Result<[Launch; 2]> {
@@ -767,6 +804,13 @@ impl CudaLayer {
             self.device.description()
         );
         Ok(launches)
+    }
+
+    /// Whether [`StoreStep::Project`] beside attention launches anything for so many tokens.
+    fn projects(&self, n_token: usize, n_kv: usize, stream: *mut c_void) -> Result<bool> {
+        let mut shape = self.store_shape(&SIDES, n_token)?;
+        (shape.beside, shape.done) = (1, self.done(n_kv, stream));
+        Ok(!self.plan_store(&shape)?[0].kernel.is_null())
     }
 
     /// Floats of scratch that storing `n_token` tokens takes.
@@ -797,14 +841,12 @@ impl CudaLayer {
             };
             latent = latent.wrapping_add(self.latent_size(*side, n_token));
         }
+        let (StoreStep::Project { beside } | StoreStep::Quantize { beside }) = step;
+        if let Some(n_kv) = beside {
+            (shape.beside, shape.done) = (1, self.done(n_kv, stream));
+        }
         let launches = self.plan_store(&shape)?;
-        let launch = match step {
-            StoreStep::Project => &launches[0],
-            StoreStep::Quantize { beside } => {
-                shape.beside = i32::from(beside);
-                &launches[1]
-            }
-        };
+        let launch = &launches[usize::from(matches!(step, StoreStep::Quantize { .. }))];
         // SAFETY: the caller's promise
         unsafe { self.device.launch(launch, &mut shape, stream) }
     }
@@ -997,7 +1039,8 @@ impl CudaLayer {
     /// Pointers of the shapes in `palu_attn_params`, on this device; `partial` has [`Self::partial_size`] floats; `stream`
     /// as in [`Self::store`]; what `beside` says.
     pub unsafe fn attend(&self, p: &AttnParams, step: AttnStep, stream: *mut c_void) -> Result<()> {
-        let beside = matches!(step, AttnStep::Chunks { beside: true });
+        // without a kernel that projects in front there is nothing to be beside of
+        let beside = matches!(step, AttnStep::Chunks { beside: true }) && self.projects(p.n_token * p.n_stream, p.n_kv, stream)?;
         let shape = abi::Attn {
             part: abi::Part { beside: i32::from(beside), ..abi::Part::default() },
             q: p.q,

@@ -301,7 +301,7 @@ fn rows_are_stored_as_on_the_cpu() {
             let rows = Buffer::new(&stream, &vec![0xa5u8; n_row * p.row_bytes], 0xa5);
             let latent = Buffer::new(&stream, &vec![f32::NAN; s.gpu.latent_size(side, n_token)], f32::NAN);
             let params = StoreParams { x: gx.at(), idxs: gi.at(), rows: rows.at(), ..params };
-            for step in [StoreStep::Project, StoreStep::Quantize { beside: false }] {
+            for step in [StoreStep::Project { beside: None }, StoreStep::Quantize { beside: None }] {
                 // SAFETY: shapes as above, on the device
                 unsafe { s.gpu.store(&[(side, params)], latent.at(), step, stream.cu_stream().cast()) }.unwrap();
             }
@@ -640,16 +640,17 @@ impl Case {
                 softcap: self.softcap,
                 max_bias: 0.0,
             };
+            let cells = beside.then_some(n_kv);
             // SAFETY: shapes as above, on the device; what is stored is hidden from this attention
             unsafe {
-                s.gpu.store(&store, latent.at(), StoreStep::Project, on).unwrap();
+                s.gpu.store(&store, latent.at(), StoreStep::Project { beside: cells }, on).unwrap();
                 if !beside {
-                    s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside }, on).unwrap();
+                    s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside: cells }, on).unwrap();
                 }
                 s.gpu.attend(&attn, AttnStep::Chunks { beside }, on).unwrap();
                 s.gpu.recent(&recent, beside, on).unwrap();
                 if beside {
-                    s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside }, on).unwrap();
+                    s.gpu.store(&store, latent.at(), StoreStep::Quantize { beside: cells }, on).unwrap();
                 }
                 s.gpu.attend(&attn, AttnStep::Combine, on).unwrap();
             }
