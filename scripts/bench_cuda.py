@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""`make bench-cuda`: llama-bench on an NVIDIA GPU with a model of an 8B's shape, stock caches beside palu, in one run.
+"""`make bench-cuda`: llama-bench and llama-batched-bench on an NVIDIA GPU with a model of an 8B's shape, stock caches beside palu, in one run.
 
-usage: bench_cuda.py [--depths D,D,...] [--prompt N] [--gen N] [--repetitions N] [--rounds N] [--seconds N] [--json FILE]
+usage: bench_cuda.py [--depths D,D,...] [--prompt N] [--gen N] [--repetitions N] [--rounds N] [--sequences N,N,...] [--each N]
+                     [--seconds N] [--json FILE]
 
 The model has random weights (q4_K) and the projection file random bases with the ranks and bits of a trained model's: speed and
 memory are real, words are not. Prints Markdown; docs/performance.md holds what it printed, and where. The JSON file has every
-sample, and grows with each measurement. After --seconds, what is left is left out, the least telling measurements first.
+sample, and grows with each measurement. --sequences: so many at once, of --each tokens, in streams of their own and in one
+(--kv-unified, as llama-server has it). After --seconds, what is left is left out, the least telling measurements first.
 PALU_LLAMA_BIN names the folder of llama.cpp's programs, if it is not build/llama.cpp/bin.
 """
 import argparse
@@ -79,6 +81,21 @@ def bench(cache, seconds, *args):
         failed.append(command)
 
 
+def batched(cache, seconds, sequences, each, n_gen):
+    """One run of llama-batched-bench: its results."""
+    most = max(int(n) for n in sequences.split(","))
+    command = [BIN / "llama-batched-bench", "-m", MODEL, "-ngl", "99", "-fa", "1", "-c", most*(each + n_gen), "-b", 2048, "-ub", 512, "-npp", each,
+               "-ntg", n_gen, "-npl", sequences, "--output-format", "jsonl", *cache]
+    try:
+        result = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return []
+    if result.returncode != 0:
+        print(f"bench-cuda: '{' '.join(map(str, command))}' failed with status {result.returncode}:\n{result.stderr[-2000:]}", file=sys.stderr, flush=True)
+        failed.append(command)
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
 def row(cells):
     print("| " + " | ".join(cells) + " |")
 
@@ -90,6 +107,8 @@ def main():
     parser.add_argument("--gen", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sequences", default="1,2,4,8")
+    parser.add_argument("--each", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -116,6 +135,20 @@ def main():
             if args.json:
                 args.json.write_text(json.dumps(log, indent=1) + "\n")
             print(f"{name} {key[0]} {key[1]}: {' '.join(f'{s:.1f}' for s in r['samples_ts'])}", file=sys.stderr, flush=True)
+    for unified in (False, True):
+        for name in ("f16", palu[0][0], palu[1][0]):
+            left = end - time.monotonic()
+            if left <= 0:
+                print(f"bench-cuda: no time left for several sequences with {name}", file=sys.stderr)
+                continue
+            for r in batched([*arguments[name], *(["--kv-unified"] if unified else [])], min(left, 1e6), args.sequences, args.each, 2*args.gen):
+                at = "in one stream" if unified else "in streams"
+                for key, speed in (("decode", r["speed_tg"]), ("prompts", r["speed_pp"])):
+                    samples.setdefault((name, (f"{key} {at}", r["pl"])), []).append(speed)
+                log.append({"cache": name, "unified": unified} | r)
+                if args.json:
+                    args.json.write_text(json.dumps(log, indent=1) + "\n")
+                print(f"{name} {r['pl']} sequences {at}: prompts {r['speed_pp']:.0f}, decode {r['speed_tg']:.1f}", file=sys.stderr, flush=True)
     keys = [("prompt", args.prompt)] + [("decode", int(d)) for d in args.depths.split(",")]
 
     def cell(name, key):
@@ -129,6 +162,14 @@ def main():
     row(["---"]*(2 + len(keys)))
     for name, bits, _ in caches:
         row([name, f"{values*bits/8:.0f}"] + [cell(name, k) for k in keys])
+
+    sequences = [int(n) for n in args.sequences.split(",")]
+    print(f"\nThe same for several sequences of {args.each} tokens at once, all together:\n")
+    row(["cache"] + [str(n) for n in sequences])
+    row(["---"]*(1 + len(sequences)))
+    for what in ("decode in streams", "decode in one stream", "prompts in streams", "prompts in one stream"):
+        for name in ("f16", palu[0][0], palu[1][0]):
+            row([f"{what}, {name}"] + [cell(name, (what, n)) for n in sequences])
 
     # what fits: the weights, and one layer rebuilt as f16 while a prompt is processed, besides the cache
     weights = MODEL.stat().st_size
