@@ -102,7 +102,7 @@ def plot(rows, path):
     width, height, left, top, w, h = 860, 400, 60, 40, 300, 290
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
            f'<rect width="{width}" height="{height}" fill="white"/>']
-    rows = [r for r in rows if r["batch"] == 1]
+    rows = [r for r in rows if r["batch"] == 1 and "channels" not in r["name"]]
     for panel, shape in enumerate(("MHA", "GQA")):
         mine = [r for r in rows if r["name"].startswith(shape)]
         per_cell = [1000 * r["back_to_back_us"] / r["cells"] for r in mine]
