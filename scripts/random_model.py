@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes a GGUF of the llama architecture with random weights in Q4_K: a model of a real one's size without its download.
 
-    random_model.py SHAPE OUTPUT.gguf      SHAPE: mha-7b (32 layers of 32 heads of 128) or gqa-8b (32 layers, 8 KV heads)
+    random_model.py SHAPE OUTPUT.gguf      SHAPE: mha-7b (32 layers of 32 heads of 128), gqa-8b (32 layers, 8 KV heads), or gqa-small (2 such
+                                           layers with little else, for tests)
 
 The vocabulary is byte level and small, so that any text can be tokenized and logits cost nothing. Blocks of random bits with
 scales for weights of deviation 1/sqrt(n_in): what the model says is noise, what it costs to run and to convert is not.
@@ -16,6 +17,7 @@ import sys
 SHAPES = {
     "mha-7b": {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_head_kv": 32, "n_ff": 11008},
     "gqa-8b": {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_head_kv": 8, "n_ff": 14336},
+    "gqa-small": {"n_layer": 2, "n_embd": 4096, "n_head": 32, "n_head_kv": 8, "n_ff": 1024},
 }
 F32, Q4_K = 0, 12  # ggml_type
 BLOCK, BLOCK_BYTES = 256, 144

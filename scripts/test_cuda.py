@@ -9,6 +9,7 @@ Stages, all of them by default:
   ops         test-backend-ops on the bundled model's layers and on an 8B's shapes
   divergence  llama-perplexity's KL divergence with all layers on the GPU, for micro-batches of 512, 16 and 1; and on two, if there are
   scripts     what llama.cpp does with a cache (tests/llama/steps.cpp): logits
+  sequences   the same with 32 query heads over 8 KV heads of 128 dimensions (random weights): long contexts, several sequences and tokens at once
   states      saved on one device and loaded on the other
   memcheck    compute-sanitizer over kernels and library
 
@@ -34,9 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(os.environ.get("PALU_LLAMA_BIN", ROOT / "build" / "llama.cpp" / "bin"))
 DATA = ROOT / "tests" / "data"
 MODEL, TEXT, CALIBRATION = DATA / "wiki-mha-17m-q8_0.gguf", DATA / "wiki.test.raw", DATA / "calibration.wiki.txt"
-N_VOCAB = 8192
+N_VOCAB = {MODEL: 8192}
 N_CPU = len(os.sched_getaffinity(0))
-STAGES = ["kernels", "library", "ops", "divergence", "scripts", "states", "memcheck"]
+STAGES = ["kernels", "library", "ops", "divergence", "scripts", "sequences", "states", "memcheck"]
 WORK = Path(tempfile.mkdtemp(prefix="palu-test-cuda-"))
 GPU_ENV, CPU_ENV = dict(os.environ), dict(os.environ, CUDA_VISIBLE_DEVICES="")
 
@@ -151,26 +152,47 @@ SCRIPTS = {
 }
 
 
-def steps(o, gpu, options, script, palu=True):
+def several(n, more):
+    """Prompts of n sequences, each longer by `more` tokens than the one before, then 24 steps with a token of each."""
+    length = [80 + i*more for i in range(n)]
+    prompts = [f"rand:{i}@0:{length[i]}:{i}" for i in range(n)]
+    return prompts + ["rand:" + "+".join(f"{i}@{length[i] + t}:1:{100*i + t}" for i in range(n)) for t in range(24)]
+
+
+AFTER_5000 = ["rand:0@0:5000:1"] + [f"rand:0@{5000 + i}:1:{50 + i}" for i in range(24)]
+THREES = ["rand:0@0:300:1"] + [f"rand:0@{300 + 3*i}:3:{50 + i}" for i in range(24)]
+# options, steps, tokens compared
+SEQUENCES = {
+    "one": ([], SINGLE, 40),
+    "one, 5000 tokens": (["--ctx", "6144"], AFTER_5000, 24),
+    "three tokens at a time": ([], THREES, 72),
+    "four": (["--seqs", "4", "--ctx", "4096"], several(4, 170), 96),
+    "four, unified": (["--seqs", "4", "--ctx", "2048", "--unified"], several(4, 170), 96),
+    "eleven": (["--seqs", "11", "--ctx", "4400"], several(11, 20), 264),
+    "eleven, unified": (["--seqs", "11", "--ctx", "4096", "--unified"], several(11, 20), 264),
+}
+
+
+def steps(o, gpu, options, script, palu=True, model=MODEL, projection=None):
     """The file of logits, or what went wrong."""
     handle, out = tempfile.mkstemp(dir=WORK)
     os.close(handle)
     if not gpu or o.cpu:
         options = [v for i, v in enumerate(options) if v != "--ngl" and (i == 0 or options[i - 1] != "--ngl")]
     # an option of the script's own comes last, and counts
-    command = [BIN / "palu-steps", MODEL, out, *(["--palu", o.projection] if palu else []), *(["--ngl", o.ngl] if gpu else []), *options, *script]
+    command = [BIN / "palu-steps", model, out, *(["--palu", projection or o.projection] if palu else []), *(["--ngl", o.ngl] if gpu else []), *options, *script]
     status, said = run(command, o.gpu_env if gpu else CPU_ENV)
     return Path(out) if status == 0 else f"status {status}: {last_lines(said)}"
 
 
-def nmse(reference, other, n):
+def nmse(reference, other, n, model=MODEL):
     """Of the last n tokens' logits; not a number where there are none."""
     if not isinstance(reference, Path) or not isinstance(other, Path):
         return float("nan")
     parts = []
     for path in (reference, other):
         parts.append(array.array("f"))
-        parts[-1].frombytes(path.read_bytes()[-4*n*N_VOCAB:])
+        parts[-1].frombytes(path.read_bytes()[-4*n*N_VOCAB[model]:])
     return sum((x - y)**2 for x, y in zip(*parts)) / sum(x*x for x in parts[0])
 
 
@@ -183,6 +205,27 @@ def scripts(o):
             again = nmse(jobs[same, True].result(), gpu, n) if same else 0.0
             said = "".join(f"; {x}" for x in (gpu, cpu) if isinstance(x, str))
             report("scripts", name, error < 2e-2 and again <= limit, f"{error:.1e} from the CPU" + (f", {again:.1e} from '{same}'" if same else "") + said)
+
+
+def sequences(o):
+    model, file = WORK / "gqa.gguf", WORK / "gqa.palu.gguf"
+    N_VOCAB[model] = 512
+    example = ROOT / "target" / "release" / "examples" / "random_projection"
+    made = run([sys.executable, ROOT / "scripts" / "random_model.py", "gqa-small", model])
+    identity = "0"
+    for _ in range(2): # a projection file names its model; the message about a wrong one names the right one
+        status, said = run([example, file, "llama", identity, 2, 8, 128, 8, 2.25])
+        if made[0] != 0 or status != 0:
+            return report("sequences", "model and projection", False, last_lines(made[1] + said))
+        if identity == "0":
+            said, found = until_said(r"this model is ([0-9a-f]{16})", lambda: run([BIN / "palu-steps", model, WORK / "none", "--palu", file, "rand:0@0:1:1"], CPU_ENV)[1])
+            if not found:
+                return report("sequences", "the model's identity", False, last_lines(said))
+            identity = found[1]
+    for name, (options, script, n) in SEQUENCES.items():
+        gpu, cpu = (steps(o, gpu, options, script, model=model, projection=file) for gpu in (True, False))
+        error = nmse(cpu, gpu, n, model)
+        report("sequences", name, error < 2e-2, f"{error:.1e} from the CPU" + "".join(f"; {x}" for x in (gpu, cpu) if isinstance(x, str)))
 
 
 def states(o):
@@ -235,7 +278,7 @@ def main():
     unknown = [s for s in o.stages if s not in STAGES]
     if unknown:
         sys.exit(f"test-cuda: there is no stage '{unknown[0]}'; there are {', '.join(STAGES)}")
-    wanted = o.stages or [s for s in STAGES if not o.cpu or s in ("divergence", "scripts", "states")]
+    wanted = o.stages or [s for s in STAGES if not o.cpu or s in ("divergence", "scripts", "sequences", "states")]
     if not o.cpu and (not shutil.which("nvidia-smi") or run(["nvidia-smi"])[0] != 0):
         sys.exit("test-cuda: there is no NVIDIA GPU here")
     o.n_device = 0
