@@ -473,11 +473,12 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
             });
             convert(t);
         }
-        if (MANY && n_tile() == 0) {
-        } else if (ready(n_tile() - 1)) {
-            score(n_tile() - 1, true, [](int) {});
-        } else {
-            score_slowly(n_tile() - 1);
+        if (!MANY || n_tile()) {
+            if (ready(n_tile() - 1)) {
+                score(n_tile() - 1, true, [](int) {});
+            } else {
+                score_slowly(n_tile() - 1);
+            }
         }
     } else if (wg == 2) {
         //
@@ -520,6 +521,9 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
             }
         }
         bar_sync(1, 128);
+        if (MANY) {
+            bar_sync(7, 2*128); // the first tiles are known
+        }
         cluster_wait();
         const uint32_t part_bytes = a_bytes/C;
         const int n_part = pad/32;
@@ -637,13 +641,14 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
             grid_wait();
             Walk tiles(p);
             // MANY: what the others need to know of a tile, before any of them asks: keys of tile t + 2 are loaded when those of t are unpacked,
-            // which waits for the scores of t - 3 to be made, and these for the softmax to have read those of t - 5. Both warps write the same
+            // which waits for the scores of t - 3 to be made, and these for the softmax to have read those of t - 5. The first ones are known
+            // before others begin. Both warps write the same
             constexpr int KNOWN = 7;
             auto tell = [&](int t) {
                 const int64_t before = t ? stream_of(context_of(t - 1))*p.rows_v_nb_stream + (int64_t)(cell_of(t - 1) + 64)*p.v.row_bytes : 0;
                 const int cell = tiles.take(p)*64;
                 const int64_t between = stream_of(tiles.context)*p.rows_v_nb_stream + (int64_t) cell*p.v.row_bytes - before;
-                sm_tile[t & 15] = make_int4((int) between, (int)(between >> 32), p.n_kv - cell, tiles.context | (tiles.left == 0 ? 1 << 31 : 0));
+                sm_tile[t & 15] = make_int4((int) between, (int)(between >> 32), p.n_kv - cell, tiles.context | (tiles.left == 0 ? (int) 0x80000000 : 0));
                 __syncwarp();
             };
             if (MANY) {
@@ -651,7 +656,7 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
                 for (int t = 0; t < KNOWN && tiles.next < tiles.end; t++) {
                     tell(t);
                 }
-                bar_sync(7, 128);
+                bar_sync(7, 2*128);
             }
             cluster_wait();
             if (!MANY) {
@@ -787,7 +792,7 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
             if (MANY) {
                 bar_sync(5, 3*128);
                 grid_wait();
-                bar_sync(7, 128); // the first tiles are known
+                bar_sync(7, 2*128); // the first tiles are known
             } else {
                 grid_wait();
             }
