@@ -15,8 +15,8 @@
 // after it have the same cosines and opposite sines, so that a thread that has both needs half of the table. While positions are
 // consecutive it is the same for every tile; otherwise it is computed.
 //
-// MANY: clusters share several contexts (tiles.cuh). One goes from a context to the next without a stop: whoever needs to know finds
-// out for himself what a tile belongs to, and the warps that turn queries fetch those of another context.
+// MANY: clusters share several contexts (tiles.cuh). One goes from a context to the next without a stop: the warps of the softmax look
+// tiles up and tell the others of them, and the warps that turn queries fetch those of another context.
 #pragma once
 
 #include "decode_sm90.cuh"
@@ -264,7 +264,7 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
                 grid_wait();
             }
             float2 v[2][2] = {};
-            if (!MANY && my_col%4 < col_head) {
+            if (!MANY && my_col%4 < col_head) { // MANY: by the warps that turn them
                 const int qh = (head0 + my_col/4)*gqa + my_col%4%gqa;
                 const float * q = (const float *) ((const char *) p.q + stream*p.q_nb_stream + my_col%4/gqa*p.q_nb_token + qh*p.q_nb_head);
 #pragma unroll
@@ -276,11 +276,8 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
                 }
             }
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
+            for (int j = 0; j < 2 && !MANY; j++) {
                 // turning changes no pair's length
-                if (MANY) {
-                    break; // by the warps that turn them
-                }
                 const float top = sqrtf(warp_max(fmaxf(v[j][0].x*v[j][0].x + v[j][0].y*v[j][0].y, v[j][1].x*v[j][1].x + v[j][1].y*v[j][1].y)));
                 const float inv = top > 0.0f ? 1.0f/top : 0.0f;
                 if (lane == 0) {
@@ -984,8 +981,6 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
         uint32_t write_at = 0;
         if (MANY) {
             grid_wait();
-        }
-        if (MANY) {
             Walk tiles(p);
             *sm_n_tile = tiles.end - tiles.next;
             left = 0;
