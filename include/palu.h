@@ -249,7 +249,8 @@ palu_status palu_rebuild(const palu_layer * layer, const palu_rebuild_params * p
 // pointers here, rows begin at a multiple of 16 bytes, and every call only puts kernels on a stream (a CUstream or
 // cudaStream_t of the device's primary context): it neither allocates nor waits, and may be captured in a CUDA graph.
 // What a call puts on the stream depends on the parameters alone, so that a captured graph stays right as long as they
-// stay the same; everything that changes from token to token stands in device memory.
+// stay the same; everything that changes from token to token stands in device memory. A captured graph is work of the
+// stream it was captured from: it does not run at the same time as other calls for the same layer on that stream.
 //
 
 typedef struct palu_cuda_layer palu_cuda_layer;
