@@ -157,11 +157,11 @@ fn cases() -> Vec<Case> {
         Case { n_token: 3, n_stream: 2, n_kv: 317, ..Case::default() },
         // rows of the second stream begin anywhere
         Case { n_stream: 2, n_kv: 317, ..Case::default() },
-        // contexts that clusters share: streams, tokens, both, two tokens at a time
-        Case { n_stream: 8, n_kv: 512, sinks: true, ..Case::default() },
-        Case { n_token: 5, n_kv: 1500, own: true, far: true, ..Case::default() },
-        Case { n_token: 4, n_stream: 3, n_kv: 320, own: true, mask_f16: false, ..Case::default() },
-        Case { n_head: 16, n_token: 2, n_stream: 3, n_kv: 640, ..Case::default() },
+        // contexts that clusters share: streams, tokens, both, two tokens at a time; more tiles than clusters, so that some have two contexts
+        Case { n_stream: 8, n_kv: 320, sinks: true, ..Case::default() },
+        Case { n_token: 5, n_kv: 1100, own: true, far: true, ..Case::default() },
+        Case { n_token: 4, n_stream: 3, n_kv: 256, own: true, mask_f16: false, ..Case::default() },
+        Case { n_head: 16, n_token: 2, n_stream: 4, n_kv: 576, ..Case::default() },
         Case { n_token: 17, mask_f16: false, sinks: true, ..Case::default() },
         mha.clone(),
         Case { n_stream: 3, n_kv: 300, sinks: true, softcap: 20.0, ..mha.clone() },
