@@ -45,6 +45,7 @@ bench: llama
 
 bench-cuda:
 	$(CARGO) build --release --example random_projection
+	$(PYTHON) scripts/llama.py build llama-bench llama-batched-bench llama-completion
 	$(PYTHON) scripts/bench_cuda.py
 
 bench-attention:

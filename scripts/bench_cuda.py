@@ -82,18 +82,24 @@ def bench(cache, seconds, *args):
 
 
 def batched(cache, seconds, sequences, each, n_gen):
-    """One run of llama-batched-bench: its results."""
-    most = max(int(n) for n in sequences.split(","))
-    command = [BIN / "llama-batched-bench", "-m", MODEL, "-ngl", "99", "-fa", "1", "-c", most*(each + n_gen), "-b", 2048, "-ub", 512, "-npp", each,
-               "-ntg", n_gen, "-npl", sequences, "--output-format", "jsonl", *cache]
-    try:
-        result = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return []
-    if result.returncode != 0:
-        print(f"bench-cuda: '{' '.join(map(str, command))}' failed with status {result.returncode}:\n{result.stderr[-2000:]}", file=sys.stderr, flush=True)
-        failed.append(command)
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    """llama-batched-bench: its results, one for each of the numbers of sequences, until the time is up."""
+    results, end = {}, time.monotonic() + seconds
+    for _ in range(3): # the last lines of llama.cpp's log can be lost when a program ends
+        left = [n for n in sequences if n not in results]
+        if not left or time.monotonic() >= end:
+            break
+        command = [BIN / "llama-batched-bench", "-m", MODEL, "-ngl", "99", "-fa", "1", "-c", max(left)*(each + n_gen), "-b", 2048, "-ub", 512, "-npp", each,
+                   "-ntg", n_gen, "-npl", ",".join(map(str, left)), "--output-format", "jsonl", *cache]
+        try:
+            run = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=end - time.monotonic())
+        except subprocess.TimeoutExpired:
+            break
+        if run.returncode != 0:
+            print(f"bench-cuda: '{' '.join(map(str, command))}' failed with status {run.returncode}:\n{run.stderr[-2000:]}", file=sys.stderr, flush=True)
+            failed.append(command)
+            break
+        results |= {r["pl"]: r for r in map(json.loads, re.findall(r"^\{.*\}$", run.stdout, re.M))}
+    return [results[n] for n in sequences if n in results]
 
 
 def row(cells):
@@ -113,6 +119,7 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
+    sequences = [int(n) for n in args.sequences.split(",")]
     prepare()
     values = 2*N_LAYER*N_HEAD_KV*HEAD_DIM
     palu = [(f"palu {b:g}", b, ["--palu", PROJECTION, "--palu-bits", f"{b:g}"]) for b in BUDGETS]
@@ -141,7 +148,7 @@ def main():
             if left <= 0:
                 print(f"bench-cuda: no time left for several sequences with {name}", file=sys.stderr)
                 continue
-            for r in batched([*arguments[name], *(["--kv-unified"] if unified else [])], min(left, 1e6), args.sequences, args.each, 2*args.gen):
+            for r in batched([*arguments[name], *(["--kv-unified"] if unified else [])], min(left, 1e6), sequences, args.each, 2*args.gen):
                 at = "in one stream" if unified else "in streams"
                 for key, speed in (("decode", r["speed_tg"]), ("prompts", r["speed_pp"])):
                     samples.setdefault((name, (f"{key} {at}", r["pl"])), []).append(speed)
@@ -163,7 +170,6 @@ def main():
     for name, bits, _ in caches:
         row([name, f"{values*bits/8:.0f}"] + [cell(name, k) for k in keys])
 
-    sequences = [int(n) for n in args.sequences.split(",")]
     print(f"\nThe same for several sequences of {args.each} tokens at once, all together:\n")
     row(["cache"] + [str(n) for n in sequences])
     row(["---"]*(1 + len(sequences)))
