@@ -126,14 +126,16 @@ static void check_store(const StoreCase & c) {
     devices[2].n_sm = (c.n_token*s.dev.n_group + 1)/2;
     devices.push_back(device);
     devices[3].n_sm = 1;
+    const size_t n_way = devices.size();
     if (c.n_token <= PALU_CUDA_PROJECT_TOKENS) {
         devices.push_back(device); // by one kernel, which leaves its counters as they were
     }
     for (size_t way = 0; way < devices.size(); way++) {
         const palu_cuda_device & dev = devices[way];
+        const bool few = way == n_way;
         const std::vector<uint32_t> zeros(2*s.dev.n_group);
-        both.beside = way == 4;
-        both.done = way == 4 ? upload(zeros) : nullptr;
+        both.beside = few ? STORE_FEW_FROM_CELLS : 0;
+        both.done = few ? upload(zeros) : nullptr;
         p.rows = (uint8_t *) room((size_t) n_row*s.dev.row_bytes);
         const size_t n_latent = (size_t) c.n_token*s.dev.rank_sum;
         const size_t n_bytes = (size_t) n_row*s.dev.row_bytes;
@@ -146,10 +148,10 @@ static void check_store(const StoreCase & c) {
             printf("no plan\n");
             exit(2);
         }
-        bool ok = way == 4 ? !l[0].kernel && !strcmp(l[1].kernel, "palu_store_few") : l[0].kernel != nullptr;
+        bool ok = few ? !l[0].kernel && !strcmp(l[1].kernel, "palu_store_few") : l[0].kernel != nullptr;
         launch(l[0], both);
         launch(l[1], both);
-        if (way == 4) {
+        if (few) {
             launch(l[1], both);
             std::vector<uint32_t> done(zeros.size(), 1);
             CHECK(cudaMemcpy(done.data(), both.done, done.size()*4, cudaMemcpyDeviceToHost));

@@ -68,7 +68,7 @@ static void bench_step(Case c, const std::vector<int> & sizes) {
             l.store.n_token = 1;
             palu_cuda_plan_store(&device, &l.store, l.stores);
             l.store.done = upload(std::vector<uint32_t>(2*c.n_head_kv));
-            l.store.beside = 1;
+            l.store.beside = STORE_FEW_FROM_CELLS;
             palu_cuda_plan_store(&device, &l.store, l.few);
             std::vector<int32_t> idxs;
             for (int i = 0; i < n_recent; i++) {

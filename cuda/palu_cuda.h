@@ -146,7 +146,8 @@ typedef struct palu_cuda_store {
     uint32_t * done;          // zeros [n_group of both sides] for one stream alone, or NULL; the same afterwards
     int32_t n_side;           // of which so many are there
     int32_t n_token;
-    int32_t beside;           // 1: quantizing, and with few tokens and `done` projecting, too, runs beside the kernels in front of it (common.cuh)
+    int32_t beside;           // not 0: quantizing, and with few tokens, `done` and a long context projecting, too, runs beside the kernels in
+                              // front of it (common.cuh), attention to so many cells of each stream
 } palu_cuda_store;
 
 // Rows back to f16, as an f16 cache would hold them: keys rotated by the cells' positions. For prompt processing, where
@@ -319,13 +320,19 @@ static inline size_t palu_cuda_combine_smem(const palu_cuda_attn * p, int32_t ro
     return 32*(size_t) PALU_CUDA_COMBINE_STAGED(p->rank_stride) + 4*((size_t) palu_cuda_max32(4096, u) + u + (size_t) rows*p->n_chunk);
 }
 
+// Tiles of a stream.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+static inline int32_t palu_cuda_n_tile(const palu_cuda_attn * p) { return (p->n_kv + PALU_CUDA_TILE - 1)/PALU_CUDA_TILE; }
+
 // What palu_tiles makes, at palu_cuda_attn.partial, and its size in 4-byte words: int32 [PALU_CUDA_CONTEXTS] how many tiles a context sees,
 // then [n_context][ceil(n_kv/PALU_CUDA_TILE)] which these are.
 #ifdef __CUDACC__
 __host__ __device__
 #endif
 static inline int64_t palu_cuda_tiles_size(const palu_cuda_attn * p) {
-    return PALU_CUDA_CONTEXTS + ((int64_t) p->n_context*((p->n_kv + PALU_CUDA_TILE - 1)/PALU_CUDA_TILE) + 3)/4*4;
+    return PALU_CUDA_CONTEXTS + ((int64_t) p->n_context*palu_cuda_n_tile(p) + 3)/4*4;
 }
 
 // Kernels that combine: X(query rows of a KV head at a time).

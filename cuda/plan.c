@@ -30,6 +30,9 @@ static int set_launch(const palu_cuda_device * dev, palu_cuda_launch * out, cons
 // Store
 //
 
+// Cells from which on attention takes longer than storing few tokens beside it by one kernel does.
+#define STORE_FEW_FROM_CELLS 4096
+
 int palu_cuda_plan_store(const palu_cuda_device * dev, const palu_cuda_store * p, palu_cuda_launch out[2]) {
     // tensor cores where they take less time: palu_project reads the encoder once per PALU_CUDA_PROJECT_TOKENS
     int mma = dev->arch >= 80 && p->n_token > 16;
@@ -42,7 +45,7 @@ int palu_cuda_plan_store(const palu_cuda_device * dev, const palu_cuda_store * p
         n_group += s->n_group;
     }
     const size_t smem = palu_cuda_quantize_smem(rank_max);
-    if (p->beside && p->done && p->n_token <= PALU_CUDA_PROJECT_TOKENS) {
+    if (p->beside >= STORE_FEW_FROM_CELLS && p->done && p->n_token <= PALU_CUDA_PROJECT_TOKENS) {
         memset(&out[0], 0, sizeof(out[0]));
         return set_launch(dev, &out[1], "palu_store_few", palu_cuda_max32(1, ceil_div(rank_max, 8)), p->n_token ? n_group : 0, 1, 256, smem);
     }
@@ -329,12 +332,12 @@ static const struct cluster_kernel {
 #undef X
 };
 
-static int cluster_launch(const palu_cuda_device * dev, palu_cuda_launch * out, const char * name, int64_t n_chunk, int64_t n_stream, size_t smem) {
-    return set_launch(dev, out, name, n_chunk, PALU_CUDA_CLUSTER, n_stream, PALU_CUDA_CLUSTER_THREADS, smem);
+static int cluster_launch(const palu_cuda_device * dev, palu_cuda_launch * out, const char * name, int64_t n_chunk, size_t smem) {
+    return set_launch(dev, out, name, n_chunk, PALU_CUDA_CLUSTER, 1, PALU_CUDA_CLUSTER_THREADS, smem);
 }
 
 int palu_cuda_plan_one_cluster(const palu_cuda_device * dev, palu_cuda_launch out[1]) {
-    return cluster_launch(dev, out, cluster_kernels[0].name, 1, 1, (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT));
+    return cluster_launch(dev, out, cluster_kernels[0].name, 1, (size_t) palu_cuda_max32(dev->smem_optin, SMEM_DEFAULT));
 }
 
 // The kernel of decode_sm90_cluster for so many tokens of a stream at a time, or NULL.
@@ -359,7 +362,7 @@ static void plan_rest(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cud
     enum { PASS = 25, START = 2, OTHERS = 2 };
     const struct wide_kernel * f = wide_kernel_for(dev, p);
     const int32_t n_idle = dev->n_sm - PALU_CUDA_CLUSTER*dev->n_cluster - OTHERS;
-    if (!f || n_idle < 1 || p->n_stream > 1 || p->n_chunk != dev->n_cluster) {
+    if (!f || n_idle < 1 || p->n_chunk != dev->n_cluster) {
         return;
     }
     const int32_t tiles = p->part.end_tile;
@@ -396,7 +399,7 @@ static int plan_cluster(const palu_cuda_device * dev, palu_cuda_attn * p, palu_c
     split(p, dev->n_cluster, 1);
     const int32_t n_chunk = p->n_chunk;
     plan_rest(dev, p, rest, &out[1]);
-    return cluster_launch(dev, &out[0], f->name, n_chunk, 1, palu_cuda_cluster_smem(p, f->k_steps));
+    return cluster_launch(dev, &out[0], f->name, n_chunk, palu_cuda_cluster_smem(p, f->k_steps));
 }
 
 // Streams, and tokens where all of a stream's are too many for a cluster, as contexts that the clusters share.
@@ -417,7 +420,7 @@ static int plan_many(const palu_cuda_device * dev, palu_cuda_attn * p, palu_cuda
     split(p, 1, 1);
     p->n_chunk = min32(dev->n_cluster, (int32_t) n*p->part.end_tile);
     return set_launch(dev, &out[0], "palu_tiles", n, 1, 1, 1024, 0) ||
-        cluster_launch(dev, &out[1], f->name_many, p->n_chunk, 1, palu_cuda_cluster_smem(p, f->k_steps)) ? -1 : 0;
+        cluster_launch(dev, &out[1], f->name_many, p->n_chunk, palu_cuda_cluster_smem(p, f->k_steps)) ? -1 : 0;
 }
 
 static size_t mma_smem(const palu_cuda_attn * p, int32_t cells, int32_t cols) {

@@ -672,9 +672,6 @@ pub struct CudaLayer {
 /// Streams on which few tokens are stored by one kernel; on more, by two.
 const STREAMS: usize = 64;
 
-/// Cells from which on attention takes longer than storing a token beside it does.
-const LONG_CONTEXT: usize = 4096;
-
 // SAFETY: the pointers point to device memory that nobody writes, but for `done`, of which every stream has its part
 unsafe impl Send for CudaLayer {}
 // SAFETY: as above
@@ -775,9 +772,9 @@ impl CudaLayer {
         Ok(abi::Store { of, done: std::ptr::null_mut(), n_side: int(sides.len())?, n_token: int(n_token)?, beside: 0 })
     }
 
-    /// The stream's part of `done`, or null if storing is to take two kernels beside attention to so many cells.
-    fn done(&self, n_kv: usize, stream: *mut c_void) -> *mut u32 {
-        if !self.has_clusters || n_kv < LONG_CONTEXT {
+    /// The stream's part of `done`, or null if there are too many streams, or attention leaves nothing idle.
+    fn done(&self, stream: *mut c_void) -> *mut u32 {
+        if !self.has_clusters {
             return std::ptr::null_mut();
         }
         let mut streams = self.streams.lock().unwrap_or_else(|e| e.into_inner());
@@ -809,7 +806,7 @@ impl CudaLayer {
     /// Whether [`StoreStep::Project`] beside attention launches anything for so many tokens.
     fn projects(&self, n_token: usize, n_kv: usize, stream: *mut c_void) -> Result<bool> {
         let mut shape = self.store_shape(&SIDES, n_token)?;
-        (shape.beside, shape.done) = (1, self.done(n_kv, stream));
+        (shape.beside, shape.done) = (int(n_kv)?, self.done(stream));
         Ok(!self.plan_store(&shape)?[0].kernel.is_null())
     }
 
@@ -843,7 +840,7 @@ impl CudaLayer {
         }
         let (StoreStep::Project { beside } | StoreStep::Quantize { beside }) = step;
         if let Some(n_kv) = beside {
-            (shape.beside, shape.done) = (1, self.done(n_kv, stream));
+            (shape.beside, shape.done) = (int(n_kv)?, self.done(stream));
         }
         let launches = self.plan_store(&shape)?;
         let launch = &launches[usize::from(matches!(step, StoreStep::Quantize { .. }))];
