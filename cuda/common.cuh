@@ -55,6 +55,23 @@ static __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+// A lane has the sum of its own and all lower lanes' numbers.
+static __device__ __forceinline__ int warp_ends(int x) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 1; i < 32; i *= 2) {
+        const int before = __shfl_up_sync(0xffffffff, x, i);
+        x += lane < i ? 0 : before;
+    }
+    return x;
+}
+
+// The compiler does not know this: what is made of it is made where it is used, and not kept in registers.
+static __device__ __forceinline__ uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Sine and cosine of an angle in turns times 2^64; only the upper 32 bits matter (1.5e-9 radians).
 static __device__ __forceinline__ void sincos_turn(uint64_t turn, float & s, float & c) {
     const float x = (float) (int32_t) (turn >> 32)*(6.283185307179586f/4294967296.0f); // -pi to pi

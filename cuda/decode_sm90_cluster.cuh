@@ -41,12 +41,6 @@ static __device__ __forceinline__ void cluster_arrive() {
 static __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// The compiler does not know this: what is made of it is made where it is used, and not kept in registers.
-static __device__ __forceinline__ uint32_t opaque(uint32_t x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 static __device__ __forceinline__ void cp_async16_if(bool copies, uint32_t dst, const void * src) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p cp.async.cg.shared.global [%1], [%2], 16;\n}\n" :: "r"((int) copies), "r"(dst), "l"(src) : "memory");
 }
@@ -182,6 +176,14 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
         return p.partial + (row*p.n_chunk + blockIdx.x)*(4 + p.rank_stride);
     };
 
+    // of a column's queries: a pair with the decoder's scales, with the mean; all of a warp's pairs are then made this much shorter, and what
+    // scores are multiplied with for that (turning changes no pair's length)
+    auto with_pair = [&](int j, float2 q, float4 pair) {
+        return j == 0 ? make_float2(q.x*pair.x, q.y*pair.x) : make_float2(q.x*pair.y + q.y*pair.z, q.y*pair.y - q.x*pair.z);
+    };
+    auto longest = [&](float2 a, float2 b) { return sqrtf(warp_max(fmaxf(a.x*a.x + a.y*a.y, b.x*b.x + b.y*b.y))); };
+    auto factor_of = [&](int j, float top) { return j == 0 ? top*p.scale/p.trig_scale : top*p.scale; };
+
     // by one thread: a tile's rows to a slot
     auto load_keys = [&](int slot, int cell, int of) {
         const uint32_t bar = bar_rows + slot*8;
@@ -269,19 +271,17 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
                 const float * q = (const float *) ((const char *) p.q + stream*p.q_nb_stream + my_col%4/gqa*p.q_nb_token + qh*p.q_nb_head);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const float qa = q[dim[i].x]*mag[i];
-                    const float qb = q[dim[i].y]*mag[i];
-                    v[0][i] = make_float2(qa*pair[i].x, qb*pair[i].x);
-                    v[1][i] = make_float2(qa*pair[i].y + qb*pair[i].z, qb*pair[i].y - qa*pair[i].z);
+                    const float2 both = make_float2(q[dim[i].x]*mag[i], q[dim[i].y]*mag[i]);
+                    v[0][i] = with_pair(0, both, pair[i]);
+                    v[1][i] = with_pair(1, both, pair[i]);
                 }
             }
 #pragma unroll
             for (int j = 0; j < 2 && !MANY; j++) {
-                // turning changes no pair's length
-                const float top = sqrtf(warp_max(fmaxf(v[j][0].x*v[j][0].x + v[j][0].y*v[j][0].y, v[j][1].x*v[j][1].x + v[j][1].y*v[j][1].y)));
+                const float top = longest(v[j][0], v[j][1]);
                 const float inv = top > 0.0f ? 1.0f/top : 0.0f;
                 if (lane == 0) {
-                    sm_factor[j*8 + my_col] = j == 0 ? top*p.scale/p.trig_scale : top*p.scale;
+                    sm_factor[j*8 + my_col] = factor_of(j, top);
                 }
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -838,13 +838,12 @@ template <int KS, bool MANY> static __device__ __forceinline__ void decode_sm90_
                         float2 x[2];
 #pragma unroll
                         for (int i = 0; i < 2; i++) {
-                            const float2 q = v[i][c];
-                            x[i] = j == 0 ? make_float2(q.x*pair[i].x, q.y*pair[i].x) : make_float2(q.x*pair[i].y + q.y*pair[i].z, q.y*pair[i].y - q.x*pair[i].z);
+                            x[i] = with_pair(j, v[i][c], pair[i]);
                         }
-                        const float top = sqrtf(warp_max(fmaxf(x[0].x*x[0].x + x[0].y*x[0].y, x[1].x*x[1].x + x[1].y*x[1].y)));
+                        const float top = longest(x[0], x[1]);
                         const float inv = top > 0.0f ? 1.0f/top : 0.0f;
                         if (lane == 0) {
-                            sm_kept[j*8 + mine*4 + c] = j == 0 ? top*p.scale/p.trig_scale : top*p.scale;
+                            sm_kept[j*8 + mine*4 + c] = factor_of(j, top);
                         }
 #pragma unroll
                         for (int i = 0; i < 2; i++) {

@@ -9,14 +9,11 @@
 // By a whole warp: a lane has the end of its context's tiles among all.
 static __device__ __forceinline__ int context_ends(const palu_cuda_attn & p) {
     const int lane = threadIdx.x & 31;
-    int end = lane < p.n_context ? ((const int *) p.partial)[lane] : 0;
-#pragma unroll
-    for (int i = 1; i < 32; i *= 2) {
-        const int before = __shfl_up_sync(0xffffffff, end, i);
-        end += lane < i ? 0 : before;
-    }
-    return end;
+    return warp_ends(lane < p.n_context ? ((const int *) p.partial)[lane] : 0);
 }
+
+// Where a context's tiles are listed, from p.partial on.
+static __device__ __forceinline__ int tiles_at(const palu_cuda_attn & p, int context) { return PALU_CUDA_CONTEXTS + context*palu_cuda_n_tile(&p); }
 
 // Tiles of a cluster, but for the last ones.
 static __device__ __forceinline__ int cluster_tiles(const palu_cuda_attn & p, int n_tile) { return max(1, (n_tile + p.n_chunk - 1)/p.n_chunk); }
@@ -57,10 +54,9 @@ struct Tiles {
         const int n = __ffs(__ballot_sync(0xffffffff, ends > next)) - 1;
         const int begin = n ? __shfl_sync(0xffffffff, ends, n - 1) : 0;
         left = min(end, __shfl_sync(0xffffffff, ends, n)) - next;
-        at = PALU_CUDA_CONTEXTS + n*((p.n_kv + PALU_CUDA_TILE - 1)/PALU_CUDA_TILE) + next - begin;
+        at = tiles_at(p, n) + next - begin;
         look(p);
-        int n_token = p.n_token;
-        asm volatile("" : "+r"(n_token)); // a division's factors are made where they are needed, and not kept in registers
+        const int n_token = opaque(p.n_token); // a division's factors would be kept
         const int token = n*p.context_tokens;
         context = n | token/n_token << 8 | token%n_token << 16;
     }
@@ -103,10 +99,10 @@ extern "C" __global__ void __launch_bounds__(1024) palu_tiles(const __grid_const
     __shared__ uint32_t seen[32]; // of 1024 tiles
     const int warp = threadIdx.x/32;
     const int lane = threadIdx.x%32;
-    const int n_tile = (p.n_kv + PALU_CUDA_TILE - 1)/PALU_CUDA_TILE;
+    const int n_tile = palu_cuda_n_tile(&p);
     const int token0 = (int) blockIdx.x*p.context_tokens;
     const char * mask = (const char *) p.mask + token0/p.n_token*p.mask_nb_stream + token0%p.n_token*p.mask_nb_token;
-    int * list = (int *) p.partial + PALU_CUDA_CONTEXTS + (int) blockIdx.x*n_tile;
+    int * list = (int *) p.partial + tiles_at(p, blockIdx.x);
     if (!p.part.beside) {
         grid_wait();
     }
@@ -131,12 +127,7 @@ extern "C" __global__ void __launch_bounds__(1024) palu_tiles(const __grid_const
         }
         __syncthreads();
         const uint32_t mine = seen[lane]; // every warp counts all
-        int end = __popc(mine);
-#pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
-            const int before = __shfl_up_sync(0xffffffff, end, i);
-            end += lane < i ? 0 : before;
-        }
+        const int end = warp_ends(__popc(mine));
         const int begin = n + __shfl_sync(0xffffffff, end - __popc(mine), warp);
         const uint32_t here = __shfl_sync(0xffffffff, mine, warp);
         if (tile0 == 0 && p.part.beside) {
