@@ -623,8 +623,8 @@ pub unsafe extern "C" fn palu_recent(params: *const RecentParams, ith: i32, nth:
     })
 }
 
-fn sizes<const N: usize>(shapes: [i32; N]) -> Result<[usize; N]> {
-    let mut sizes = [0; N];
+fn sizes(shapes: [i32; 4]) -> Result<[usize; 4]> {
+    let mut sizes = [0; 4];
     for (size, shape) in sizes.iter_mut().zip(shapes) {
         *size = count(shape, "a shape")?;
     }
@@ -740,7 +740,7 @@ mod cuda {
     #[no_mangle]
     pub unsafe extern "C" fn palu_cuda_attn_on_rows(layer: *const Layer, n_head: i32, n_token: i32, n_stream: i32, n_kv: i32, n_seq: i32) -> i32 {
         let shapes = [n_head, n_token, n_stream, n_kv];
-        unsafe { of_layer(layer, 0, |l| Ok(i32::from(l.on_rows(sizes(shapes)?, sizes([n_seq])?[0])?))) }
+        unsafe { of_layer(layer, 0, |l| Ok(i32::from(l.on_rows(sizes(shapes)?, count(n_seq, "n_seq")?)?))) }
     }
 
     #[no_mangle]
