@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from llama import until_said
+from random_model import projection
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(os.environ.get("PALU_LLAMA_BIN", ROOT / "build" / "llama.cpp" / "bin"))
@@ -41,21 +41,14 @@ def output(command, check=True):
     return result.stdout
 
 
-def projection(identity):
-    example = ROOT / "target" / "release" / "examples" / "random_projection"
-    return output([example, PROJECTION, "llama", identity, N_LAYER, N_HEAD_KV, HEAD_DIM, N_HEAD_KV, max(BUDGETS)])
-
-
 def prepare():
     WORK.mkdir(parents=True, exist_ok=True)
     output([sys.executable, ROOT / "scripts" / "random_model.py", "gqa-8b", MODEL])
-    projection("0")
-    # a projection file names its model; the message about a wrong one names the right one
     command = [BIN / "llama-completion", "-m", MODEL, "-no-cnv", "-p", "a", "-n", "1", "--palu", PROJECTION]
-    refused, identity = until_said(r"this model is ([0-9a-f]{16})", lambda: output(command, check=False), attempts=10)
-    if not identity:
-        sys.exit(f"bench-cuda: the model was not identified:\n{refused[-2000:]}")
-    print(projection(identity[1]), file=sys.stderr)
+    status, said = projection(PROJECTION, N_LAYER, N_HEAD_KV, N_HEAD_KV, max(BUDGETS), lambda: output(command, check=False))
+    if status != 0:
+        sys.exit(f"bench-cuda: there is no projection file for the model:\n{said[-2000:]}")
+    print(said, file=sys.stderr)
 
 
 def bench(cache, seconds, *args):

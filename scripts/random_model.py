@@ -12,7 +12,11 @@ All matrices are cut from one bank of blocks, each at another place, no matrix w
 import math
 import random
 import struct
+import subprocess
 import sys
+from pathlib import Path
+
+from llama import until_said
 
 SHAPES = {
     "mha-7b": {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_head_kv": 32, "n_ff": 11008},
@@ -63,6 +67,23 @@ def q4_k_bank(n_in):
     head = struct.pack("<ee", step, 7.5 * step) + scales
     generator = random.Random(n_in)
     return b"".join(head + generator.randbytes(BLOCK_BYTES - len(head)) for _ in range(BANK_BLOCKS))
+
+
+def projection(out, n_layer, n_head_kv, group_size, bits, load=None):
+    """Writes a projection file of random bases (examples/random_projection.rs) for heads of 128: status, and what was said. load() is what a
+    program says that loads the model with it: a file names its model, and the message about a wrong one names the right one."""
+    example = Path(__file__).resolve().parent.parent / "target" / "release" / "examples" / "random_projection"
+
+    def write(identity):
+        command = [example, out, "llama", identity, n_layer, n_head_kv, 128, group_size, bits]
+        r = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return r.returncode, r.stdout
+
+    status, said = write("0")
+    if status != 0 or not load:
+        return status, said
+    said, found = until_said(r"this model is ([0-9a-f]{16})", load, attempts=10)
+    return write(found[1]) if found else (1, said)
 
 
 def main():
